@@ -1,0 +1,8 @@
+"""The MoE layer: routing, exchange and grouped GEMMs composed."""
+
+from crossdock.moe.config import MoEConfig
+from crossdock.moe.experts import Experts, Fp8Experts, make_experts
+from crossdock.moe.layer import MoELayer
+from crossdock.moe.mlp import GatedMLP, SwigluMLP
+
+__all__ = ["Experts", "Fp8Experts", "GatedMLP", "MoEConfig", "MoELayer", "SwigluMLP", "make_experts"]

@@ -1,0 +1,147 @@
+"""Blocks both model families share: normalisation, projection, rotary embedding, and how configs spell rotary options.
+
+Legend: T tokens, D hidden, H heads, R rotary width of a head.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossdock.errors import ConfigError
+from crossdock.linear import linear
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the mean in fp32; x's dtype out."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    """A projection whose rows do not depend on their company; weight [out, in] and, where asked, bias [out]."""
+
+    def __init__(
+        self, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device)) if bias else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return linear(x_TD, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary options: width R, base theta, and YaRN's (arXiv:2309.00071) where `factor` is above 1."""
+
+    width: int
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_length: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], width: int) -> "RopeConfig":
+        """Reads `rope_parameters`, or `rope_theta` with `rope_scaling`; ConfigError for a rope type not known here."""
+        fields = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        theta = float(fields.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        kind = fields.get("rope_type") or fields.get("type") or "default"
+        if kind == "default":
+            return cls(width, theta)
+        if kind != "yarn":
+            raise ConfigError(f"rope type must be 'default' or 'yarn', found {kind!r}")
+        original = fields.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        factor = fields.get("factor") or config["max_position_embeddings"] / original
+        attention_factor = fields.get("attention_factor")
+        return cls(
+            width,
+            theta,
+            factor=float(factor),
+            original_length=int(original),
+            beta_fast=float(fields.get("beta_fast") or 32.0),
+            beta_slow=float(fields.get("beta_slow") or 1.0),
+            mscale=float(fields.get("mscale") or 0.0),
+            mscale_all_dim=float(fields.get("mscale_all_dim") or 0.0),
+            attention_factor=None if attention_factor is None else float(attention_factor),
+            truncate=bool(fields.get("truncate", True)),
+        )
+
+    def magnitude(self, mscale: float) -> float:
+        """YaRN's growth of attention with the context's: 0.1 mscale ln(factor) + 1."""
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+    @property
+    def table_scale(self) -> float:
+        """The factor on cos and sin."""
+        if self.factor <= 1:
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
+        return self.magnitude(1.0)
+
+    def frequencies(self) -> Tensor:
+        """fp32 [R / 2]: theta^(-2i/R), under YaRN blended with its `factor`th part from fast to slow dimensions."""
+        powers = self.theta ** (torch.arange(0, self.width, 2, dtype=torch.float32) / self.width)
+        if self.factor <= 1:
+            return 1.0 / powers
+        low, high = self._dimension(self.beta_fast), self._dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.width - 1)
+        ramp = (torch.arange(self.width // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
+        keep = 1 - ramp.clamp(0, 1)
+        return 1.0 / (self.factor * powers) * (1 - keep) + 1.0 / powers * keep
+
+    def _dimension(self, rotations: float) -> float:
+        """The dimension that turns `rotations` times over the original context."""
+        turns = self.original_length / (rotations * 2 * math.pi)
+        return self.width * math.log(turns) / (2 * math.log(self.theta))
+
+
+class Rotary(nn.Module):
+    """cos and sin of the positions, computed once a step and shared by all layers."""
+
+    def __init__(self, config: RopeConfig, device: torch.device) -> None:
+        super().__init__()
+        self.scale = config.table_scale
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", config.frequencies().to(device), persistent=False)
+
+    def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [T] -> (cos, sin), fp32 [T, 1, R / 2], to broadcast over heads."""
+        angles = (positions_T.float()[:, None] * self.frequencies)[:, None, :]
+        if self.scale == 1.0:
+            return angles.cos(), angles.sin()
+        return angles.cos() * self.scale, angles.sin() * self.scale
+
+
+def rotate_interleaved(x_THR: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs (0, 1), (2, 3), ... (DeepSeek); the result holds first elements, then second ones."""
+    cos, sin = rope
+    a, b = x_THR[..., 0::2], x_THR[..., 1::2]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_THR.dtype)
+
+
+def rotate_halves(x_THR: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs (i, i + R/2) (Qwen)."""
+    cos, sin = rope
+    a, b = x_THR.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_THR.dtype)

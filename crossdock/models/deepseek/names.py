@@ -1,0 +1,53 @@
+"""Where each parameter of a DeepSeek-V3 model stands in a Hugging Face checkpoint: the one table for reading and writing.
+
+Legend: e logical expert, F expert inner size.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from crossdock.models.deepseek.model import DecoderLayer, DeepSeekModel, MTPLayer
+from crossdock.models.loader import Source, Target
+from crossdock.models.naming import experts, swiglu
+from crossdock.moe import MoELayer
+
+
+def targets(model: DeepSeekModel) -> Iterator[Target]:
+    """One Target a tensor (or half of a fused one), in checkpoint order, this rank's experts only."""
+    yield _target(model.embed_tokens, "model.embed_tokens.weight")
+    for index, layer in enumerate(model.layers):
+        assert isinstance(layer, DecoderLayer)
+        yield from _decoder(layer, f"model.layers.{index}.")
+    yield _target(model.norm.weight, "model.norm.weight")
+    yield _target(model.lm_head.weight, "lm_head.weight", "model.embed_tokens.weight")  # the latter where tied
+    if model.mtp is not None:
+        yield from _mtp(model.mtp, f"model.layers.{len(model.layers)}.")
+
+
+def _target(into: Tensor, *names: str) -> Target:
+    return Target(into.detach(), tuple(Source(name) for name in names))
+
+
+def _decoder(layer: DecoderLayer, prefix: str) -> Iterator[Target]:
+    yield _target(layer.input_layernorm.weight, f"{prefix}input_layernorm.weight")
+    for name, parameter in layer.self_attn.named_parameters():
+        yield _target(parameter, f"{prefix}self_attn.{name}")
+    yield _target(layer.post_attention_layernorm.weight, f"{prefix}post_attention_layernorm.weight")
+    mlp, prefix = layer.mlp, f"{prefix}mlp."
+    if not isinstance(mlp, MoELayer):
+        yield from swiglu(mlp, prefix)
+        return
+    yield _target(mlp.router.weight, f"{prefix}gate.weight")
+    assert mlp.router.e_score_correction_bias is not None
+    yield _target(mlp.router.e_score_correction_bias, f"{prefix}gate.e_score_correction_bias")
+    yield from experts(mlp, f"{prefix}experts.")
+    if mlp.shared_experts is not None:
+        yield from swiglu(mlp.shared_experts, f"{prefix}shared_experts.")
+
+
+def _mtp(mtp: MTPLayer, prefix: str) -> Iterator[Target]:
+    for part in ("enorm", "hnorm", "eh_proj"):
+        yield _target(getattr(mtp, part).weight, f"{prefix}{part}.weight")
+    yield from _decoder(mtp.block, prefix)
+    yield _target(mtp.norm.weight, f"{prefix}shared_head.norm.weight")

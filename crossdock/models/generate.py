@@ -1,0 +1,233 @@
+"""Generation: prompts spread over the ranks, all ranks stepping together, with or without speculative drafting.
+
+Legend: T flat tokens of a step on this rank, D hidden, V vocabulary, W ranks.
+
+One loop serves every case. A step feeds each sequence's new tokens (its prompt first, then the last token, and behind it
+the drafted one where there is a draft), samples after each, and keeps what agrees:
+
+    step 0   prompt p0 p1 p2      -> t3                     draft from (p1 p2 t3, hidden of p0 p1 p2) -> d4
+    step 1   t3 d4                -> t4 (= d4? then t5)     draft from (t4 t5, hidden of t3 d4)       -> d6
+    step 2   t5 d6                -> ...
+
+A draft only decides how many tokens a step yields, never which: the token sampled after t3 is what it would have been
+alone, and d4's row is used only where it is that very token (exact for greedy and for sampling alike).
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from crossdock.comm.transport import Transport
+from crossdock.errors import ConfigError
+from crossdock.models.cache import Batch, PagedCache, Sequence, Span
+from crossdock.models.sampling import Sampling, sample
+
+PAGE_SIZE = 64  # tokens a page
+
+
+class CausalModel(Protocol):
+    """What generation asks of a model; forward and draft are collectives of all ranks. `mtp` is None without one."""
+
+    mtp: object | None
+
+    @property
+    def cache_layers(self) -> int: ...
+    @property
+    def cache_width(self) -> int: ...
+    def __call__(self, ids_T: Tensor, batch: Batch, cache: PagedCache | None) -> Tensor: ...
+    def draft(self, next_ids_T: Tensor, hidden_TD: Tensor, batch: Batch, cache: PagedCache | None) -> Tensor: ...
+    def logits(self, hidden_TD: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Output:
+    """One prompt's result. `digest` is sha256 over the fp32 logits of every generated position, in order."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Results of all prompts, the same on every rank; counts are summed over ranks, seconds are this rank's."""
+
+    outputs: list[Output]
+    drafted: int
+    accepted: int
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def digest(self) -> str:
+        """One prompt: its logits' sha256. Several: sha256 of their digests in prompt order."""
+        digests = [output.digest for output in self.outputs]
+        return digests[0].hex() if len(digests) == 1 else hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+@dataclass
+class _Active:
+    """A sequence in flight: `ids` holds prompt and generated tokens, of which the cache holds `sequence.length`."""
+
+    prompt: int
+    ids: list[int]
+    prompt_length: int
+    sequence: Sequence = field(default_factory=Sequence)
+    draft: int | None = None
+    done: bool = False
+    hasher: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+
+
+class _Generator:
+    """The state of one `generate` call on one rank."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        prompts: list[list[int]],
+        transport: Transport,
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        speculate: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model, self.transport, self.sampling, self.device = model, transport, sampling, device
+        self.max_new_tokens, self.stop_ids, self.speculate = max_new_tokens, stop_ids, speculate
+        mine = range(transport.rank, len(prompts), transport.world_size)
+        self.active = [_Active(i, list(prompts[i]), len(prompts[i])) for i in mine]
+        pages = sum(-(-(a.prompt_length + max_new_tokens + 1) // PAGE_SIZE) for a in self.active)
+        self.cache = PagedCache(model.cache_layers, model.cache_width, max(pages, 1), PAGE_SIZE, dtype, device)
+        self.drafted = self.accepted = 0
+
+    def step(self, on_token: Callable[[int, int], None] | None) -> None:
+        """One forward of all ranks, then the draft for the next."""
+        live = [a for a in self.active if not a.done]
+        fed = [a.ids[a.sequence.length :] + ([] if a.draft is None else [a.draft]) for a in live]
+        decode = [a.sequence.length > 0 for a in live]
+        pieces = [(a.sequence, len(ids), is_decode) for a, ids, is_decode in zip(live, fed, decode, strict=True)]
+        batch = self.cache.batch(pieces)
+        hidden_TD = self.model(self._ids(fed), batch, self.cache)
+        read = [row for span in batch.spans for row in _sampled_rows(span)]
+        logits_RV = self.model.logits(hidden_TD[read]) if read else hidden_TD.new_empty(0, 0)
+        row = 0
+        kept: list[int] = []
+        for a, ids, span in zip(live, fed, batch.spans, strict=True):
+            count = len(_sampled_rows(span))
+            new = self._accept(a, logits_RV[row : row + count], on_token)
+            row += count
+            kept.append(len(ids) if not span.decode else new)
+        if self.speculate:
+            self._draft(live, batch, hidden_TD, kept, decode)
+        for a, count in zip(live, kept, strict=True):
+            a.sequence.length += count
+            if a.done:
+                self.cache.release(a.sequence)
+
+    def _accept(self, a: _Active, logits_RV: Tensor, on_token: Callable[[int, int], None] | None) -> int:
+        """Samples after each row until one differs from the draft fed behind it; returns the tokens gained."""
+        gained = 0
+        for logits_V in logits_RV:
+            token = sample(logits_V, self.sampling, a.prompt, len(a.ids))
+            a.hasher.update(logits_V.detach().cpu().contiguous().numpy().tobytes())
+            a.ids.append(token)
+            gained += 1
+            if on_token is not None:
+                on_token(a.prompt, token)
+            a.done = token in self.stop_ids or len(a.ids) - a.prompt_length >= self.max_new_tokens
+            if a.done or token != a.draft or gained == len(logits_RV):
+                break
+        if a.draft is not None:
+            self.drafted += 1
+            self.accepted += gained > 1
+        a.draft = None
+        return gained
+
+    def _draft(
+        self, live: list[_Active], batch: Batch, hidden_TD: Tensor, kept: list[int], decode: list[bool]
+    ) -> None:
+        """Runs the MTP layer over the tokens that were kept; its last row a sequence is the next draft."""
+        going = [i for i, a in enumerate(live) if not a.done]
+        rows = [row for i in going for row in range(batch.spans[i].start, batch.spans[i].start + kept[i])]
+        following = [live[i].ids[live[i].sequence.length + 1 :][: kept[i]] for i in going]
+        mtp_batch = self.cache.batch([(live[i].sequence, kept[i], decode[i]) for i in going])
+        drafted_TD = self.model.draft(self._ids(following), hidden_TD[rows], mtp_batch, self.cache)
+        if going:
+            logits_SV = self.model.logits(drafted_TD[[span.stop - 1 for span in mtp_batch.spans]])
+            for i, draft in zip(going, logits_SV.argmax(-1).tolist(), strict=True):
+                last = len(live[i].ids) - live[i].prompt_length + 1 >= self.max_new_tokens
+                live[i].draft = None if last else draft
+
+    def _ids(self, pieces: list[list[int]]) -> Tensor:
+        return torch.tensor([i for piece in pieces for i in piece], dtype=torch.int64, device=self.device)
+
+    def unfinished(self) -> bool:
+        """Whether any rank has work left; a rank without any still takes part in the others' steps."""
+        return any(left for (left,) in self.transport.all_gather([sum(not a.done for a in self.active)]))
+
+
+def _sampled_rows(span: Span) -> range:
+    """The rows of a span after which a token is sampled: all of a decoding one, the last of a prompt."""
+    return range(span.start if span.decode else span.stop - 1, span.stop)
+
+
+@torch.no_grad()
+def generate(
+    model: CausalModel,
+    prompts: list[list[int]],
+    transport: Transport,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_ids: frozenset[int] = frozenset(),
+    speculate: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    on_token: Callable[[int, int], None] | None = None,
+) -> Generation:
+    """Generates after each prompt; every rank calls this with the same prompts, rank r works on prompts r, r + W, ...
+
+    `dtype` is the cache's. `on_token(prompt, token)` is called on the rank that owns the prompt. Raises ConfigError for
+    an empty prompt, for max_new_tokens below 1, and for `speculate` on a model without an MTP layer.
+    """
+    empty = [i for i, prompt in enumerate(prompts) if not prompt]
+    if empty or max_new_tokens < 1:
+        what = f"prompt {empty[0]} has no tokens" if empty else f"max_new_tokens must be at least 1, found {max_new_tokens}"
+        raise ConfigError(what)
+    if speculate and model.mtp is None:
+        raise ConfigError("speculation was asked for, but the model has no MTP layer")
+    run = _Generator(
+        model, prompts, transport, sampling or Sampling(), max_new_tokens, stop_ids, speculate, dtype, torch.device(device)
+    )
+    began = time.perf_counter()
+    run.step(on_token)
+    prefilled = time.perf_counter()
+    while run.unfinished():
+        run.step(on_token)
+    decoded = time.perf_counter()
+    return _gather(run, prompts, prefilled - began, decoded - prefilled)
+
+
+def _gather(run: _Generator, prompts: list[list[int]], prefill_s: float, decode_s: float) -> Generation:
+    """Every rank's results on every rank: token ids and digests travel as small integers."""
+    own: list[int] = [run.drafted, run.accepted]
+    for a in run.active:
+        token_ids = a.ids[a.prompt_length :]
+        own += [a.prompt, len(token_ids), *token_ids, *a.hasher.digest()]
+    longest = max(length for (length,) in run.transport.all_gather([len(own)]))
+    outputs: dict[int, Output] = {}
+    drafted = accepted = 0
+    for values in run.transport.all_gather(own + [-1] * (longest - len(own))):
+        drafted, accepted, at = drafted + values[0], accepted + values[1], 2
+        while at < len(values) and values[at] >= 0:
+            prompt, count = values[at : at + 2]
+            tokens, digest = values[at + 2 : at + 2 + count], bytes(values[at + 2 + count : at + 34 + count])
+            outputs[prompt] = Output(prompts[prompt], tokens, digest)
+            at += 34 + count
+    return Generation([outputs[i] for i in range(len(prompts))], drafted, accepted, prefill_s, decode_s)

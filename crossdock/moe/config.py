@@ -1,0 +1,57 @@
+"""`MoEConfig`: the one place where the options of an MoE layer are defined and checked."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from crossdock.errors import ConfigError
+from crossdock.gemm import QuantSpec
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Shape and rules of one MoE layer; names of the Hugging Face `config.json` fields in brackets.
+
+    hidden_size     D [hidden_size]
+    expert_size     F, inner size of one routed expert [moe_intermediate_size]
+    num_experts     E [n_routed_experts, num_experts]
+    top_k           K, experts per token [num_experts_per_tok]
+    score           how logits become scores: "sigmoid" (DeepSeek-V3), "softmax" (Qwen), "sqrtsoftplus"
+    num_groups      groups the experts are divided into for group-limited routing [n_group]
+    top_groups      groups a token may choose from [topk_group]
+    renormalize     divide a token's weights by their sum [norm_topk_prob]
+    scale           factor on the weights after that [routed_scaling_factor]
+    selection_bias  a bias per expert that takes part in selection only [e_score_correction_bias]
+    shared_size     inner size of the shared expert, 0 where there is none
+    shared_gate     a sigmoid gate on the shared expert's output (Qwen2-MoE)
+    quant           how expert weights are held and multiplied
+    """
+
+    hidden_size: int
+    expert_size: int
+    num_experts: int
+    top_k: int
+    score: Literal["sigmoid", "softmax", "sqrtsoftplus"] = "softmax"
+    num_groups: int = 1
+    top_groups: int = 1
+    renormalize: bool = True
+    scale: float = 1.0
+    selection_bias: bool = False
+    shared_size: int = 0
+    shared_gate: bool = False
+    quant: QuantSpec = QuantSpec()
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "expert_size", "num_experts", "top_k", "num_groups", "top_groups"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"MoEConfig.{name} must be at least 1, found {getattr(self, name)}")
+        if self.shared_size < 0:
+            raise ConfigError(f"MoEConfig.shared_size must be at least 0, found {self.shared_size}")
+        if self.num_experts % self.num_groups:
+            raise ConfigError(f"num_experts {self.num_experts} is no multiple of num_groups {self.num_groups}")
+        if self.top_groups > self.num_groups:
+            raise ConfigError(f"top_groups {self.top_groups} is more than num_groups {self.num_groups}")
+        reachable = self.num_experts // self.num_groups * self.top_groups
+        if self.top_k > reachable:
+            raise ConfigError(f"top_k {self.top_k} is more than the {reachable} experts in top_groups {self.top_groups}")
+        if self.shared_gate and not self.shared_size:
+            raise ConfigError("shared_gate is set but shared_size is 0")
