@@ -30,9 +30,7 @@ class RMSNorm(nn.Module):
 class Linear(nn.Module):
     """A projection whose rows do not depend on their company; weight [out, in] and, where asked, bias [out]."""
 
-    def __init__(
-        self, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, bias: bool = False
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(outputs, inputs, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device)) if bias else None

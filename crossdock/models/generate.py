@@ -149,9 +149,7 @@ class _Generator:
         a.draft = None
         return gained
 
-    def _draft(
-        self, live: list[_Active], batch: Batch, hidden_TD: Tensor, kept: list[int], decode: list[bool]
-    ) -> None:
+    def _draft(self, live: list[_Active], batch: Batch, hidden_TD: Tensor, kept: list[int], decode: list[bool]) -> None:
         """Runs the MTP layer over the tokens that were kept; its last row a sequence is the next draft."""
         going = [i for i, a in enumerate(live) if not a.done]
         rows = [row for i in going for row in range(batch.spans[i].start, batch.spans[i].start + kept[i])]
@@ -169,7 +167,10 @@ class _Generator:
 
     def unfinished(self) -> bool:
         """Whether any rank has work left; a rank without any still takes part in the others' steps."""
-        return any(left for (left,) in self.transport.all_gather([sum(not a.done for a in self.active)]))
+        return any(
+            left
+            for (left,) in self.transport.all_gather([sum(not a.done for a in self.active)], "is anyone generating")
+        )
 
 
 def _sampled_rows(span: Span) -> range:
@@ -198,12 +199,24 @@ def generate(
     """
     empty = [i for i, prompt in enumerate(prompts) if not prompt]
     if empty or max_new_tokens < 1:
-        what = f"prompt {empty[0]} has no tokens" if empty else f"max_new_tokens must be at least 1, found {max_new_tokens}"
+        what = (
+            f"prompt {empty[0]} has no tokens"
+            if empty
+            else f"max_new_tokens must be at least 1, found {max_new_tokens}"
+        )
         raise ConfigError(what)
     if speculate and model.mtp is None:
         raise ConfigError("speculation was asked for, but the model has no MTP layer")
     run = _Generator(
-        model, prompts, transport, sampling or Sampling(), max_new_tokens, stop_ids, speculate, dtype, torch.device(device)
+        model,
+        prompts,
+        transport,
+        sampling or Sampling(),
+        max_new_tokens,
+        stop_ids,
+        speculate,
+        dtype,
+        torch.device(device),
     )
     began = time.perf_counter()
     run.step(on_token)
@@ -220,10 +233,10 @@ def _gather(run: _Generator, prompts: list[list[int]], prefill_s: float, decode_
     for a in run.active:
         token_ids = a.ids[a.prompt_length :]
         own += [a.prompt, len(token_ids), *token_ids, *a.hasher.digest()]
-    longest = max(length for (length,) in run.transport.all_gather([len(own)]))
+    longest = max(length for (length,) in run.transport.all_gather([len(own)], "length of results"))
     outputs: dict[int, Output] = {}
     drafted = accepted = 0
-    for values in run.transport.all_gather(own + [-1] * (longest - len(own))):
+    for values in run.transport.all_gather(own + [-1] * (longest - len(own)), "results"):
         drafted, accepted, at = drafted + values[0], accepted + values[1], 2
         while at < len(values) and values[at] >= 0:
             prompt, count = values[at : at + 2]

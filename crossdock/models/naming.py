@@ -33,7 +33,9 @@ def experts(layer: MoELayer, prefix: str) -> Iterator[Target]:
     for slot, expert in enumerate(layer.placement.experts_of_rank(rank)):
         if expert < 0:
             continue
-        parts = [(name, held.gate_up.detach()[slot, rows], "gate_up_proj", (expert, rows)) for name, rows in halves.items()]
+        parts = [
+            (name, held.gate_up.detach()[slot, rows], "gate_up_proj", (expert, rows)) for name, rows in halves.items()
+        ]
         parts.append(("down_proj", held.down.detach()[slot], "down_proj", (expert,)))
         for name, into, fused, index in parts:
             sources = (Source(f"{prefix}{expert}.{name}.weight"), Source(f"{prefix}{fused}", index))
@@ -42,5 +44,7 @@ def experts(layer: MoELayer, prefix: str) -> Iterator[Target]:
                 scale = held.down_scale[slot]
                 if name != "down_proj":
                     blocks = held.gate_up_scale.shape[1] // 2
-                    scale = held.gate_up_scale[slot, :blocks] if name == "gate_proj" else held.gate_up_scale[slot, blocks:]
+                    scale = (
+                        held.gate_up_scale[slot, :blocks] if name == "gate_proj" else held.gate_up_scale[slot, blocks:]
+                    )
             yield Target(into, sources, scale_into=scale)

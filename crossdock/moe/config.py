@@ -52,6 +52,8 @@ class MoEConfig:
             raise ConfigError(f"top_groups {self.top_groups} is more than num_groups {self.num_groups}")
         reachable = self.num_experts // self.num_groups * self.top_groups
         if self.top_k > reachable:
-            raise ConfigError(f"top_k {self.top_k} is more than the {reachable} experts in top_groups {self.top_groups}")
+            raise ConfigError(
+                f"top_k {self.top_k} is more than the {reachable} experts in top_groups {self.top_groups}"
+            )
         if self.shared_gate and not self.shared_size:
             raise ConfigError("shared_gate is set but shared_size is 0")

@@ -62,7 +62,7 @@ class MoELayer(nn.Module):
             device=device,
             backend=backend,
         )
-        self.dispatcher = Dispatcher(transport, placement.num_slots)
+        self.dispatcher = Dispatcher(transport, placement.num_slots, config.hidden_size, dtype)
         self.experts = make_experts(config, placement.slots_per_rank, dtype, device, backend)
         self.shared_experts: SwigluMLP | None = None
         if config.shared_size:

@@ -1,0 +1,18 @@
+"""Who is where: ranks, nodes, groups, expert placement and balancing; knows no kernels."""
+
+from crossdock.parallel.balancer import BalanceReport, balance_report, balancedness, lower_bound, rebalance
+from crossdock.parallel.group import EPGroup, init
+from crossdock.parallel.placement import ExpertPlacement
+from crossdock.parallel.topology import Topology
+
+__all__ = [
+    "BalanceReport",
+    "EPGroup",
+    "ExpertPlacement",
+    "Topology",
+    "balance_report",
+    "balancedness",
+    "init",
+    "lower_bound",
+    "rebalance",
+]

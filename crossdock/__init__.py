@@ -1,0 +1,34 @@
+"""crossdock: a Mixture-of-Experts expert-parallel runtime for PyTorch.
+
+    group = crossdock.init()                                    # torchrun's ranks, or a group of one
+    transport = crossdock.make_transport(group)
+    layer = crossdock.MoELayer(config, transport, dtype=torch.bfloat16, device=group.device)
+    y_TD = layer(x_TD)                                          # a collective: every rank calls it
+
+Importing it touches no GPU, reads no environment and starts nothing.
+"""
+
+from crossdock.comm import LocalWorld, make_transport
+from crossdock.errors import CrossdockError
+from crossdock.gemm import QuantSpec
+from crossdock.models.generate import generate
+from crossdock.models.registry import load_model
+from crossdock.moe import MoEConfig, MoELayer
+from crossdock.parallel import EPGroup, ExpertPlacement, init, rebalance
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossdockError",
+    "EPGroup",
+    "ExpertPlacement",
+    "LocalWorld",
+    "MoEConfig",
+    "MoELayer",
+    "QuantSpec",
+    "generate",
+    "init",
+    "load_model",
+    "make_transport",
+    "rebalance",
+]

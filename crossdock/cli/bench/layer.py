@@ -1,0 +1,104 @@
+"""`bench layer`: a whole MoE layer on one rank against transformers' block with the same weights.
+
+Both of transformers' ways to run experts are measured; "transformers" is the faster of them. Without transformers the
+ratio is left out.
+
+Legend: T tokens, D hidden.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from crossdock.cli.bench.report import AsJson, Device, DtypeOption, Plot, check_plot, choose, deliver
+
+CASES = {"decode1": 1, "decode8": 8, "prefill2048": 2048}
+CPU_SHAPE = {"hidden_size": 1024, "expert_size": 384, "num_experts": 64, "top_k": 8}
+GPU_SHAPE = {"hidden_size": 2048, "expert_size": 768, "num_experts": 128, "top_k": 8}  # Qwen3-30B-A3B
+
+
+def layer(device: Device = None, dtype: DtypeOption = None, plot: Plot = None, as_json: AsJson = False) -> None:
+    """A whole MoE layer, beside transformers' block with the same weights."""
+    check_plot(plot)
+    import torch
+
+    from crossdock.cli.bench.timing import compare, count_launches
+
+    chosen, compute = choose(device, dtype)
+    shape = GPU_SHAPE if chosen.type == "cuda" else CPU_SHAPE
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ours = _crossdock_layer(shape, chosen, compute)
+        peers = _transformers_blocks(ours, shape, chosen, compute)
+        x_TD = torch.randn(8, shape["hidden_size"], device=chosen).to(compute)
+        launches = count_launches(lambda: ours(x_TD), chosen)
+        cases = []
+        for case, tokens in CASES.items():
+            x_TD = torch.randn(tokens, shape["hidden_size"], device=chosen).to(compute)
+            took = compare({"crossdock": _call(ours, x_TD)} | {n: _call(p, x_TD) for n, p in peers.items()}, chosen)
+            cases.append(_row(case, tokens, took, str(chosen)) | {"difference": _difference(ours, peers, x_TD)})
+    result = {"launches_per_layer": launches, "shape": shape | {"dtype": str(compute).removeprefix("torch.")}}
+    deliver(result | {"cases": cases}, "MoE layer", as_json, plot)
+
+
+def _call(module: Callable[[Any], Any], x_TD: Any) -> Callable[[], Any]:
+    return lambda: module(x_TD)
+
+
+def _row(case: str, tokens: int, took: dict[str, float], device: str) -> dict[str, Any]:
+    seconds = took.pop("crossdock")
+    ratio = {peer: other / seconds for peer, other in took.items()}
+    if took:
+        ratio = {"transformers": min(took.values()) / seconds} | ratio
+    return {"case": case, "device": device, "us": seconds * 1e6, "tokens_per_s": tokens / seconds, "ratio": ratio}
+
+
+def _difference(ours: Any, peers: dict[str, Any], x_TD: Any) -> float | None:
+    """Largest deviation from the peer over its largest value: the two must have computed the same."""
+    if not peers:
+        return None
+    expected_TD = next(iter(peers.values()))(x_TD).float()
+    return float((ours(x_TD).float() - expected_TD).abs().max() / expected_TD.abs().max())
+
+
+def _crossdock_layer(shape: dict[str, int], device: Any, dtype: Any) -> Any:
+    from crossdock.comm import LocalTransport
+    from crossdock.moe import MoEConfig, MoELayer
+
+    ours = MoELayer(MoEConfig(**shape, score="softmax"), LocalTransport(), dtype=dtype, device=device)  # type: ignore[arg-type]
+    for parameter in ours.parameters():
+        parameter.normal_(std=shape["hidden_size"] ** -0.5)
+    return ours.requires_grad_(False)
+
+
+def _transformers_blocks(ours: Any, shape: dict[str, int], device: Any, dtype: Any) -> dict[str, Any]:
+    """The peers by name, sharing the layer's own weights; none where transformers is not installed."""
+    try:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+    except ImportError:
+        return {}
+    blocks = {}
+    for name in ("eager", "grouped_mm"):
+        config = Qwen3MoeConfig(
+            hidden_size=shape["hidden_size"],
+            moe_intermediate_size=shape["expert_size"],
+            num_experts=shape["num_experts"],
+            num_experts_per_tok=shape["top_k"],
+            norm_topk_prob=True,
+        )
+        config._experts_implementation = name
+        block = Qwen3MoeSparseMoeBlock(config).to(device=device, dtype=dtype).requires_grad_(False)
+        block.gate.weight.data = ours.router.weight.data.to(dtype)
+        block.experts.gate_up_proj.data, block.experts.down_proj.data = ours.experts.gate_up.data, ours.experts.down.data
+        blocks[f"transformers_{name}"] = _Flat(block)
+    return blocks
+
+
+class _Flat:
+    """Gives flat tokens the batch dimension transformers wants."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+
+    def __call__(self, x_TD: Any) -> Any:
+        return self.block(x_TD[None])[0]

@@ -1,0 +1,118 @@
+"""What `generate` is asked to do, checked as far as it can be without loading weights or importing torch.
+
+The launcher of `--ranks` and every rank read the request the same way, so most mistakes are told before a rank starts.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import typer
+from tokenizers import Tokenizer
+
+from crossdock.errors import CheckpointError, ConfigError
+
+EXAMPLE_PROMPT = "def binary_search(items, target):\n"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checkpoint and the prompts for it as token ids; `tokenizer` is None where the checkpoint has none."""
+
+    directory: Path
+    config: dict[str, Any]
+    tokenizer: Tokenizer | None
+    prompts: list[list[int]]
+
+    def text(self, token_ids: list[int]) -> str | None:
+        """The text of token ids, None without a tokenizer."""
+        return None if self.tokenizer is None else str(self.tokenizer.decode(token_ids))
+
+
+def example_directory() -> Path:
+    """Where the bundled example checkpoint is, or would be."""
+    return Path(str(resources.files("crossdock"))) / "data" / "example"
+
+
+def read_request(
+    checkpoint: Path | None, texts: list[str], id_lists: list[str], max_new_tokens: int, speculate: bool
+) -> Request:
+    """Finds the checkpoint (the bundled one by default) and turns prompts into ids: texts first, then `--prompt-ids`.
+
+    Raises CheckpointError for a directory that is no checkpoint, ConfigError for prompts or options the checkpoint
+    cannot serve, and typer.BadParameter for ids that are no integers.
+    """
+    prompts_given = [parse_ids(text) for text in id_lists]
+    directory = checkpoint or example_directory()
+    config = read_config_json(directory, bundled=checkpoint is None)
+    if not texts and not id_lists:
+        if checkpoint is not None:
+            raise typer.BadParameter("nothing to generate from: give --prompt TEXT or --prompt-ids IDS")
+        texts = [EXAMPLE_PROMPT]
+    tokenizer = _tokenizer(directory, needed=bool(texts))
+    prompts = [tokenizer.encode(text).ids for text in texts] if tokenizer else []
+    request = Request(directory, config, tokenizer, prompts + prompts_given)
+    _check_prompts(request, max_new_tokens)
+    if speculate and not config.get("num_nextn_predict_layers"):
+        raise ConfigError(
+            f"--speculate needs a model with an MTP layer; {directory}/config.json names none "
+            f"(num_nextn_predict_layers is {config.get('num_nextn_predict_layers')})"
+        )
+    return request
+
+
+def parse_ids(text: str) -> list[int]:
+    """ "5,17,9" -> [5, 17, 9]; raises typer.BadParameter where a piece is no integer."""
+    try:
+        return [int(piece) for piece in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise typer.BadParameter(f"--prompt-ids must be integers separated by commas, found {text!r}") from None
+
+
+def read_config_json(directory: Path, *, bundled: bool = False) -> dict[str, Any]:
+    """The checkpoint's config.json. Raises CheckpointError where it is absent or no JSON object."""
+    path = directory / "config.json"
+    if bundled and not path.is_file():
+        raise CheckpointError(f"the bundled example checkpoint is not there ({path} is missing): name a directory instead")
+    if not directory.is_dir():
+        found = "a file" if directory.exists() else "nothing"
+        raise CheckpointError(f"checkpoint {directory} must be a directory with a config.json, found {found}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {directory} has no config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(config).__name__}")
+    return config
+
+
+def _tokenizer(directory: Path, *, needed: bool) -> Tokenizer | None:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        if needed:
+            raise CheckpointError(f"--prompt needs {path}, which is missing: give token ids with --prompt-ids instead")
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(f"{path} is no tokenizer that can be read: {error}") from None
+
+
+def _check_prompts(request: Request, max_new_tokens: int) -> None:
+    vocabulary, context = request.config.get("vocab_size"), request.config.get("max_position_embeddings")
+    for number, ids in enumerate(request.prompts):
+        if not ids:
+            raise ConfigError(f"prompt {number} is empty: a prompt needs at least one token")
+        outside = [i for i in ids if i < 0 or (isinstance(vocabulary, int) and i >= vocabulary)]
+        if outside:
+            expected = "at least 0" if vocabulary is None else f"in 0..{vocabulary - 1}"
+            raise ConfigError(f"prompt {number}: token id {outside[0]} is outside the vocabulary, expected {expected}")
+        if isinstance(context, int) and len(ids) + max_new_tokens > context:
+            raise ConfigError(
+                f"prompt {number} has {len(ids)} tokens and {max_new_tokens} new ones were asked for, "
+                f"together more than the model's context of {context} (max_position_embeddings)"
+            )

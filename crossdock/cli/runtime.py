@@ -1,0 +1,54 @@
+"""Joins the ranks of a command: device, threads and transport, each with the reason for its choice."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from crossdock.cli.launch import cores
+from crossdock.comm import Transport, make_transport
+from crossdock.parallel import EPGroup, init
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This rank's place among the others. `why` explains "device" and "transport" in a few words each."""
+
+    group: EPGroup
+    transport: Transport
+    why: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def join_ranks(device: str | None, transport: str, timeout_s: float) -> Iterator[Runtime]:
+    """Joins the other ranks and leaves the group afterwards, but not after an error: leaving could wait for them."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_ranks > 1:  # ranks of one machine share its cores
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, cores() // local_ranks)))
+    chosen, why_device = choose_device(device, local_ranks)
+    group = init(chosen, timeout_s)
+    link = make_transport(group, transport)
+    why_transport = "asked for" if transport != "auto" else _why_transport(group)
+    yield Runtime(group, link, {"device": why_device, "transport": why_transport})
+    group.close()
+
+
+def choose_device(device: str | None, local_ranks: int) -> tuple[str, str]:
+    """("cpu" or "cuda", why): a GPU where every rank of this machine can have one of its own."""
+    if device is not None:
+        return device, "asked for"
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus >= local_ranks:
+        return "cuda", f"{gpus} GPU{'s' if gpus > 1 else ''} for {local_ranks} local rank{'s' if local_ranks > 1 else ''}"
+    if gpus:
+        return "cpu", f"{local_ranks} ranks need a GPU each and this machine has {gpus}"
+    built = "torch sees no GPU" if torch.version.cuda or torch.version.hip else "this torch is built for CPUs"
+    return "cpu", built
+
+
+def _why_transport(group: EPGroup) -> str:
+    if group.world_size == 1:
+        return "one rank: rows stay in this process"
+    return f"{group.world_size} ranks on {'NCCL' if group.device.type == 'cuda' else 'gloo'}"

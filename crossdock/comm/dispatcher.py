@@ -1,0 +1,220 @@
+"""`Dispatcher`: rows to the ranks that hold their experts (dispatch), results back and summed (combine).
+
+Legend: T tokens here, D hidden, K experts per token, P slots, L slots a rank, S rows sent, R rows received.
+
+    x_TD --dispatch--> rows_RD by (slot, source rank, token, k) --experts--> out_RD --combine--> y_TD
+
+combine adds a token's K results in the order of k, in float32, whatever rank they come from: that, and an exchange that
+moves bytes, is why the result does not depend on the number of ranks. The backward of dispatch is combine with weights
+of one, and that of combine is dispatch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from crossdock.comm.plan import DispatchPlan, complete_plan, plan_outgoing
+from crossdock.comm.transport import Done, Pending, Then, Transport
+from crossdock.errors import ConfigError, PlanMismatch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HEADER = ("layer", "exchange", "slots", "hidden size", "dtype", "experts per token")
+
+
+@dataclass(frozen=True)
+class Inbound:
+    """Rows received, [R, D]; slot l's are rows ends_L[l - 1] to ends_L[l] (int32 [L])."""
+
+    rows_RD: Tensor
+    ends_L: Tensor
+    plan: DispatchPlan
+
+
+class Dispatcher:
+    """The exchange of one MoE layer: P slots over the transport's ranks, rows of `hidden_size` values of `dtype`.
+
+    All ranks make their dispatchers in the same order and call each one's methods together; those that differ in layer,
+    step, slots, row width, dtype or K are named by PlanMismatch before any row moves. Raises ConfigError where P does
+    not divide over the ranks.
+    """
+
+    def __init__(self, transport: Transport, num_slots: int, hidden_size: int, dtype: torch.dtype) -> None:
+        if num_slots < 1 or num_slots % transport.world_size:
+            raise ConfigError(f"{num_slots} slots do not divide over {transport.world_size} ranks")
+        if dtype not in DTYPES:
+            raise ConfigError(f"rows can be {', '.join(map(str, DTYPES))}, found {dtype}")
+        self.transport, self.num_slots, self.hidden_size, self.dtype = transport, num_slots, hidden_size, dtype
+        self.layer = transport.register()
+        self.step = 0
+
+    def plan(self, slot_ids_TK: Tensor) -> DispatchPlan:
+        """Where each (token, k) goes, from slot ids int64 [T, K] in 0..P-1 or -1 for no expert; T may differ by rank.
+
+        Raises ConfigError for an id out of range, PlanMismatch where ranks are not in the same exchange.
+        """
+        if slot_ids_TK.dim() != 2 or slot_ids_TK.dtype != torch.int64:
+            found = f"{slot_ids_TK.dtype} {tuple(slot_ids_TK.shape)}"
+            raise ConfigError(f"slot_ids must be int64 [T, K], found {found}")
+        outgoing = plan_outgoing(slot_ids_TK, self.num_slots)
+        self.step += 1
+        transport = self.transport
+        if transport.world_size == 1:
+            return complete_plan(outgoing, [outgoing.counts_P], 0, self.step)
+        header = [
+            self.layer,
+            self.step,
+            self.num_slots,
+            self.hidden_size,
+            DTYPES.index(self.dtype),
+            slot_ids_TK.shape[1],
+        ]
+        if self.step == 1:  # slots may differ only before the first plan, and so may the length of what is gathered
+            self._agree(transport.all_gather(header, self._phase("plan")))
+        gathered = transport.all_gather(header + outgoing.counts_P, self._phase("plan"))
+        self._agree([values[: len(HEADER)] for values in gathered])
+        return complete_plan(outgoing, [values[len(HEADER) :] for values in gathered], transport.rank, self.step)
+
+    def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> Inbound:
+        """Sends x[t] to each slot chosen for t. Differentiable. Raises ConfigError for a shape or dtype not announced."""
+        return self.dispatch_async(x_TD, plan).wait()
+
+    def dispatch_async(self, x_TD: Tensor, plan: DispatchPlan) -> Pending[Inbound]:
+        """The same, started: other work can run before `wait`."""
+        tokens, top_k = plan.outgoing.position_TK.shape
+        self._check("x_TD", x_TD, tokens)
+        rows_SD = x_TD.detach().index_select(0, plan.outgoing.order_S.div(top_k, rounding_mode="floor"))
+        arriving = self._send(rows_SD, plan, "dispatch")
+        if not (torch.is_grad_enabled() and x_TD.requires_grad):
+            if isinstance(arriving, Done):
+                return Done(Inbound(arriving.value, plan.ends_L, plan))
+            return Then(lambda: Inbound(arriving.wait(), plan.ends_L, plan))
+        return Then(lambda: Inbound(_Dispatched.apply(x_TD, self, plan, arriving), plan.ends_L, plan))  # type: ignore[no-untyped-call]
+
+    def combine(self, out_RD: Tensor, weights_TK: Tensor, inbound: Inbound) -> Tensor:
+        """y[t] = sum over k of weights[t, k] * (the result of t's k-th slot) -> [T, D] in out's dtype, fp32 inside.
+
+        out_RD stands as the inbound rows did. Choices of -1 add nothing. Differentiable in out and weights.
+        """
+        return self.combine_async(out_RD, weights_TK, inbound).wait()
+
+    def combine_async(self, out_RD: Tensor, weights_TK: Tensor, inbound: Inbound) -> Pending[Tensor]:
+        """The same, started: other work can run before `wait`."""
+        plan = inbound.plan
+        self._check("out_RD", out_RD, sum(plan.recv_counts))
+        if weights_TK.shape != plan.outgoing.position_TK.shape:
+            expected = tuple(plan.outgoing.position_TK.shape)
+            raise ConfigError(f"weights_TK must have shape {expected}, found {tuple(weights_TK.shape)}")
+        returning = self._return(out_RD.detach(), plan, "combine")
+        if torch.is_grad_enabled() and (out_RD.requires_grad or weights_TK.requires_grad):
+            return Then(lambda: _Combined.apply(out_RD, weights_TK, self, plan, returning))  # type: ignore[no-untyped-call]
+        if isinstance(returning, Done):
+            return Done(weighted_sum(returning.value, weights_TK, plan))
+        return Then(lambda: weighted_sum(returning.wait(), weights_TK, plan))
+
+    def _send(self, rows_SD: Tensor, plan: DispatchPlan, phase: str) -> Pending[Tensor]:
+        """Rows in send order -> rows by slot on the ranks that hold them."""
+        if self.transport.world_size == 1:
+            return Done(rows_SD)
+        arriving = self.transport.all_to_all_rows(rows_SD, plan.send_counts, plan.recv_counts, self._phase(phase))
+        assert plan.arrange_R is not None
+        arrange_R = plan.arrange_R
+        return Then(lambda: arriving.wait().index_select(0, arrange_R))
+
+    def _return(self, out_RD: Tensor, plan: DispatchPlan, phase: str) -> Pending[Tensor]:
+        """Rows by slot -> rows in send order on the ranks they came from."""
+        if plan.restore_R is None:
+            return Done(out_RD)
+        rows_RD = out_RD.index_select(0, plan.restore_R)
+        return self.transport.all_to_all_rows(rows_RD, plan.recv_counts, plan.send_counts, self._phase(phase))
+
+    def _phase(self, phase: str) -> str:
+        return f"{phase} of exchange {self.step} in MoE layer {self.layer}"
+
+    def _check(self, name: str, rows: Tensor, count: int) -> None:
+        if rows.shape != (count, self.hidden_size) or rows.dtype != self.dtype:
+            found = f"{rows.dtype} {list(rows.shape)}"
+            raise ConfigError(f"{name} must be {self.dtype} {[count, self.hidden_size]}, found {found}")
+
+    def _agree(self, headers: list[list[int]]) -> None:
+        own = headers[self.transport.rank]
+        for rank, header in enumerate(headers):
+            for name, theirs, mine in zip(HEADER, header, own, strict=True):
+                if theirs != mine:
+                    where = f"rank {self.transport.rank}: {self._phase('plan')}"
+                    found, expected = _shown(name, theirs), _shown(name, mine)
+                    raise PlanMismatch(f"{where}: {name} is {found} on rank {rank}, expected {expected} as here")
+
+
+def _shown(name: str, value: int) -> str:
+    return str(DTYPES[value]) if name == "dtype" and value in range(len(DTYPES)) else str(value)
+
+
+def weighted_sum(back_SD: Tensor, weights_TK: Tensor | None, plan: DispatchPlan) -> Tensor:
+    """Rows in send order -> [T, D] in their dtype: K products a token (weights of one where None), added in order of k.
+
+    Products and sums are float32 (float64 for float64 rows) and apart, never fused, so that they can be recomputed.
+    """
+    position_TK = plan.outgoing.position_TK
+    wide = torch.promote_types(back_SD.dtype, torch.float32)
+    sent, (tokens, top_k) = len(plan.outgoing.order_S), position_TK.shape
+    absent = sent < tokens * top_k
+    if absent:
+        back_SD = torch.cat([back_SD, back_SD.new_zeros(1, back_SD.shape[1])])
+    terms_TKD = back_SD.index_select(0, position_TK.reshape(-1)).to(wide).view(tokens, top_k, back_SD.shape[1])
+    if weights_TK is not None:
+        weights_TK = weights_TK.to(wide)
+        if absent:  # a weight of NaN beside "no expert" must not spread
+            weights_TK = weights_TK.masked_fill(position_TK == sent, 0.0)
+        terms_TKD = terms_TKD * weights_TK.unsqueeze(-1)
+    first_TD, *others = terms_TKD.unbind(1)
+    y_TD = first_TD
+    for term_TD in others:
+        y_TD = y_TD + term_TD
+    return y_TD.to(back_SD.dtype)
+
+
+class _Dispatched(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, dispatcher: Dispatcher, plan: DispatchPlan, arriving: Pending[Tensor]
+    ) -> Tensor:
+        ctx.dispatcher, ctx.plan = dispatcher, plan
+        return arriving.wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, drows_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        back_SD = ctx.dispatcher._return(drows_RD, ctx.plan, "backward of dispatch").wait()
+        return weighted_sum(back_SD, None, ctx.plan), None, None, None
+
+
+class _Combined(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out_RD: Tensor,
+        weights_TK: Tensor,
+        dispatcher: Dispatcher,
+        plan: DispatchPlan,
+        returning: Pending[Tensor],
+    ) -> Tensor:
+        back_SD = returning.wait()
+        ctx.save_for_backward(back_SD, weights_TK)
+        ctx.dispatcher, ctx.plan = dispatcher, plan
+        return weighted_sum(back_SD, weights_TK, plan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        back_SD, weights_TK = ctx.saved_tensors
+        order_S = ctx.plan.outgoing.order_S
+        wide = torch.promote_types(back_SD.dtype, torch.float32)
+        dy_SD = dy_TD.index_select(0, order_S.div(weights_TK.shape[1], rounding_mode="floor")).to(wide)
+        weights_S = weights_TK.reshape(-1).index_select(0, order_S).to(wide)
+        sending = ctx.dispatcher._send((dy_SD * weights_S[:, None]).to(back_SD.dtype), ctx.plan, "backward of combine")
+        dweights_S = (dy_SD * back_SD.to(wide)).sum(-1).to(weights_TK.dtype)
+        dweights_TK = torch.zeros_like(weights_TK).reshape(-1).index_copy_(0, order_S, dweights_S)
+        return sending.wait(), dweights_TK.view(weights_TK.shape), None, None, None

@@ -1,0 +1,155 @@
+"""The `local` transport: virtual ranks as threads of one process, and the world of one that needs none.
+
+A `LocalWorld` runs the same code as a cluster in a test, a notebook or a debugger:
+
+    LocalWorld(4).run(lambda transport: MoELayer(config, transport)(x_by_rank[transport.rank]))
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from crossdock.comm.transport import Done, Pending, Then
+from crossdock.errors import CommTimeout, ConfigError, RankFailure
+
+T = TypeVar("T")
+
+
+class LocalTransport:
+    """A world of one: what is sent is what arrives."""
+
+    name, rank, world_size = "local", 0, 1
+
+    def __init__(self, timeout_s: float = 300.0) -> None:
+        self.timeout_s = timeout_s
+        self._users = 0
+
+    def register(self) -> int:
+        self._users += 1
+        return self._users - 1
+
+    def all_gather(self, values: list[int], phase: str) -> list[list[int]]:
+        return [values]
+
+    def all_to_all_rows(
+        self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
+    ) -> Pending[Tensor]:
+        return Done(rows_SD)
+
+
+@dataclass
+class _Board:
+    """Where virtual ranks leave what others read: one list of W payloads for each collective, in call order."""
+
+    world_size: int
+    timeout_s: float
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    payloads: dict[int, dict[int, Any]] = field(default_factory=dict)
+    readers: dict[int, int] = field(default_factory=dict)
+    gone: dict[int, str] = field(default_factory=dict)
+
+    def post(self, turn: int, rank: int, payload: Any) -> None:
+        with self.changed:
+            self.payloads.setdefault(turn, {})[rank] = payload
+            self.changed.notify_all()
+
+    def read(self, turn: int, rank: int, phase: str) -> list[Any]:
+        """All W payloads of a collective, when they are there."""
+        with self.changed:
+            posted = self.payloads.setdefault(turn, {})
+            arrived = self.changed.wait_for(
+                lambda: len(posted) == self.world_size or self._lost(posted), self.timeout_s
+            )
+            missing = [r for r in range(self.world_size) if r not in posted]
+            if missing and not arrived:
+                raise CommTimeout(f"rank {rank}: {phase}: ranks {missing} did not arrive within {self.timeout_s:g} s")
+            if missing:
+                lost = self._lost(posted)
+                raise RankFailure(f"rank {rank}: {phase}: rank {lost[0]} is gone: {self.gone[lost[0]]}")
+            self.readers[turn] = self.readers.get(turn, 0) + 1
+            if self.readers[turn] == self.world_size:
+                del self.payloads[turn], self.readers[turn]
+            return [posted[r] for r in range(self.world_size)]
+
+    def leave(self, rank: int, why: str) -> None:
+        with self.changed:
+            self.gone[rank] = why
+            self.changed.notify_all()
+
+    def _lost(self, posted: dict[int, Any]) -> list[int]:
+        return [r for r in self.gone if r not in posted]
+
+
+class VirtualTransport:
+    """One virtual rank of a LocalWorld."""
+
+    name = "local"
+
+    def __init__(self, board: _Board, rank: int) -> None:
+        self.rank, self.world_size, self.timeout_s = rank, board.world_size, board.timeout_s
+        self._board, self._turn, self._users = board, 0, 0
+
+    def register(self) -> int:
+        self._users += 1
+        return self._users - 1
+
+    def _post(self, payload: Any) -> int:
+        self._turn += 1
+        self._board.post(self._turn, self.rank, payload)
+        return self._turn
+
+    def all_gather(self, values: list[int], phase: str) -> list[list[int]]:
+        turn = self._post(values)
+        return self._board.read(turn, self.rank, phase)
+
+    def all_to_all_rows(
+        self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
+    ) -> Pending[Tensor]:
+        turn = self._post(torch.split(rows_SD, send_counts))
+
+        def finish() -> Tensor:
+            return torch.cat([pieces[self.rank] for pieces in self._board.read(turn, self.rank, phase)])
+
+        return Then(finish)
+
+
+class LocalWorld:
+    """W virtual ranks. An exception in one rank ends the others' waits at once, and is what `run` raises."""
+
+    def __init__(self, world_size: int, timeout_s: float = 60.0) -> None:
+        if world_size < 1:
+            raise ConfigError(f"world_size must be at least 1, found {world_size}")
+        self.world_size, self.timeout_s = world_size, timeout_s
+
+    def run(self, fn: Callable[[VirtualTransport], T]) -> list[T]:
+        """Calls fn(transport) once for each rank, each in its thread; returns the results by rank."""
+        board = _Board(self.world_size, self.timeout_s)
+        results: dict[int, T] = {}
+        errors: dict[int, BaseException] = {}
+        grad = torch.is_grad_enabled()
+
+        def work(rank: int) -> None:
+            why = "it has finished"
+            try:
+                with torch.set_grad_enabled(grad):
+                    results[rank] = fn(VirtualTransport(board, rank))
+            except BaseException as error:
+                errors[rank] = error
+                why = f"{type(error).__name__}: {error}"
+            finally:
+                board.leave(rank, why)
+
+        threads = [
+            threading.Thread(target=work, args=(r,), name=f"rank {r}", daemon=True) for r in range(self.world_size)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:  # the first cause, rather than a rank that lost its peer because of it
+            raise min(errors.items(), key=lambda item: (isinstance(item[1], RankFailure), item[0]))[1]
+        return [results[rank] for rank in range(self.world_size)]
