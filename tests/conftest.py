@@ -7,9 +7,25 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from collections.abc import Iterator
+
 import pytest
+
+from tests.launch import Ranks
 
 
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def ranks_of_two() -> Iterator["Ranks"]:
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
+def ranks_of_four() -> Iterator["Ranks"]:
+    with Ranks(4) as ranks:
+        yield ranks

@@ -1,7 +1,7 @@
 """The `crossdock` program: its commands, its global options, and the one place where errors become exit codes.
 
-An error of crossdock's own or of the options is one line `error: ...` on stderr, with exit code 1 or 2. Anything else is
-a defect; it too is one line, and `--debug` shows the traceback. A rank that `--ranks` started hands its error to the
+An error of crossdock's own or of the options is one line `error: ...` on stderr, with exit code 1 or 2. Anything else
+is a defect; it too is one line, and `--debug` shows the traceback. A rank that `--ranks` started hands its error to the
 launcher, which prints it once for all ranks (see launch.py).
 """
 
@@ -34,6 +34,7 @@ class Invocation:
     """What was typed, for a command that starts itself again on several ranks."""
 
     argv: list[str]
+    is_rank: bool  # whether this process is a rank that such a command started
     debug: bool = False
 
 
@@ -51,7 +52,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _globals(
     ctx: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and every rank's log.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback and every rank's log.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     rank_side = RankSide.from_environment()
     if rank_side is not None:
         rank_side.watch_launcher()
-    invocation = Invocation(list(sys.argv[1:] if argv is None else argv))
+    invocation = Invocation(list(sys.argv[1:] if argv is None else argv), is_rank=rank_side is not None)
     command = typer.main.get_command(app)
     try:
         code = command.main(args=list(invocation.argv), prog_name="crossdock", standalone_mode=False, obj=invocation)
@@ -111,7 +112,7 @@ def _fail(error: Exception, invocation: Invocation, rank_side: RankSide | None) 
 
 
 def _leave(code: int) -> int:
-    """Returns `code`, unless ranks are still joined: then leaves at once, as taking the group apart could wait on them."""
+    """Returns `code`, or leaves at once while ranks are joined: taking the group apart could wait for them."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()

@@ -36,7 +36,7 @@ def audit(
     ] = None,
     module: Annotated[
         list[str] | None,
-        typer.Option(help="Audit the AUDIT list of this module instead of crossdock's own (repeatable).", metavar="MODULE"),
+        typer.Option(help="Audit this module's AUDIT list instead of crossdock's (repeatable).", metavar="MODULE"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
@@ -85,8 +85,9 @@ def _compile(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             ready.notify()
 
     for number in range(WORKERS):
-        command = [sys.executable, "-m", "crossdock.cli.audit_worker", json.dumps(job | {"shard": number, "of": WORKERS})]
-        logs.append(tempfile.TemporaryFile())
+        share = json.dumps(job | {"shard": number, "of": WORKERS})
+        command = [sys.executable, "-m", "crossdock.cli.audit_worker", share]
+        logs.append(tempfile.TemporaryFile())  # noqa: SIM115 (closed below, with the workers)
         worker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=logs[-1], text=True)
         assert worker.stdout is not None
         threading.Thread(target=read, args=(worker.stdout,), daemon=True).start()
@@ -125,7 +126,9 @@ def _show(results: list[dict[str, Any]]) -> None:
         mark = "[green]ok[/green]" if r["ok"] else f"[red]{escape(r['why'])}[/red]"
         shared = "" if r["shared_bytes"] is None else f"{r['shared_bytes'] / 1024:.1f} KB"
         numbers = ["" if r[name] is None else str(r[name]) for name in ("registers", "spills")]
-        table.add_row(r["kernel"], r["config"], r["target"], *numbers, shared, ", ".join(r["matrix_instructions"]), mark)
+        table.add_row(
+            r["kernel"], r["config"], r["target"], *numbers, shared, ", ".join(r["matrix_instructions"]), mark
+        )
     console = Console()
     if not console.is_terminal:  # a log has no width to keep to
         console.width = 200

@@ -2,7 +2,7 @@
 
 Registers and spills are what `ptxas -v` says of the PTX, or what the gfx942 assembly's metadata says. A build is not ok
 when it fails, needs more shared memory than a block can have, or when its main loop should be a matrix product and it
-spills or has no matrix instruction. Spills are counted in bytes on NVIDIA and in registers on AMD, as the tools give them.
+spills or has no matrix instruction. Spills are bytes on NVIDIA and registers on AMD, as the tools give them.
 """
 
 import importlib

@@ -51,7 +51,7 @@ def generate(
 ) -> None:
     """Generates text, experts spread over the ranks."""
     request = read_request(checkpoint, prompt or [], prompt_ids or [], max_new_tokens, speculate)
-    if ranks is not None:
+    if ranks is not None and not ctx.obj.is_rank:
         command = rank_command(ctx.obj.argv)  # also where it is 1: --ranks under torchrun is a mistake
         if ranks > 1:
             raise typer.Exit(run_ranks(command, ranks, debug=ctx.obj.debug))
@@ -90,13 +90,12 @@ def _run(
     group = runtime.group
     compute = checkpoint_dtype(request.config) if dtype is None else getattr(torch, dtype.value)
     with loading_bar(shown=group.rank == 0) as progress:
-        loaded = load_model(
-            request.directory, runtime.transport, dtype=compute, device=group.device, progress=progress
-        )
+        loaded = load_model(request.directory, runtime.transport, dtype=compute, device=group.device, progress=progress)
     streaming = not quiet and group.rank == 0 and len(request.prompts) == 1
     stream = TextStream(request, sys.stdout) if streaming else None
+    model: Any = loaded.model
     result = generate_tokens(
-        loaded.model,
+        model,
         request.prompts,
         runtime.transport,
         max_new_tokens=max_new_tokens,

@@ -6,10 +6,11 @@ others' output is kept aside and only its end is shown, when such a rank dies wi
     launcher ----stdin (never written, closes when we die)----> rank r   a rank whose stdin ends leaves at once
     launcher <---report pipe, one JSON line an error----------- rank r   so each error is printed once, the cause first
 
-Rejected: torch.multiprocessing (imports torch in the launcher and unpickles there), and PDEATHSIG, which exists on Linux
-only and is bound to a thread.
+Rejected: torch.multiprocessing (imports torch in the launcher and unpickles there), and PDEATHSIG, which exists on
+Linux only and is bound to a thread.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -54,7 +55,7 @@ class RankSide:
     @classmethod
     def from_environment(cls) -> "RankSide | None":
         """None in a process that no launcher of ours started."""
-        value = os.environ.pop(REPORT_FD, None)  # popped: a grandchild is not a rank
+        value = os.environ.pop(REPORT_FD, None)  # popped: what this rank starts is not a rank
         return None if value is None else cls(int(os.environ["RANK"]), int(value))
 
     def watch_launcher(self) -> None:
@@ -80,21 +81,16 @@ def under_launcher() -> bool:
 
 
 def rank_command(argv: Sequence[str]) -> list[str]:
-    """The command of each rank: this program again with the same options, without `--ranks N`.
+    """The command of each rank: this program again with the same words (a rank of ours pays no heed to `--ranks`).
 
-    Raises ConfigError where this process is itself a rank.
+    Raises ConfigError where this process is itself a rank of another launcher.
     """
     if under_launcher():
         raise ConfigError(
             "--ranks starts the ranks itself and cannot be used under torchrun, which has already "
             f"(RANK={os.environ['RANK']}, WORLD_SIZE={os.environ['WORLD_SIZE']})"
         )
-    kept, skip = [], False
-    for word in argv:
-        if not skip and word != "--ranks" and not word.startswith("--ranks="):
-            kept.append(word)
-        skip = word == "--ranks" and not skip
-    return [sys.executable, "-m", "crossdock", *kept]
+    return [sys.executable, "-m", "crossdock", *argv]
 
 
 def run_ranks(command: Sequence[str], ranks: int, *, debug: bool = False, grace_s: float = GRACE_S) -> int:
@@ -252,10 +248,8 @@ def cores() -> int:
 
 def _signal_groups(processes: Sequence[subprocess.Popen[bytes]], signum: int) -> None:
     for process in processes:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signum)  # each rank leads its own process group, so its children go too
-        except ProcessLookupError:
-            pass
 
 
 def _exit_text(code: int) -> str:

@@ -75,7 +75,9 @@ def read_config_json(directory: Path, *, bundled: bool = False) -> dict[str, Any
     """The checkpoint's config.json. Raises CheckpointError where it is absent or no JSON object."""
     path = directory / "config.json"
     if bundled and not path.is_file():
-        raise CheckpointError(f"the bundled example checkpoint is not there ({path} is missing): name a directory instead")
+        raise CheckpointError(
+            f"the bundled example checkpoint is not there ({path} is missing): name a directory instead"
+        )
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing"
         raise CheckpointError(f"checkpoint {directory} must be a directory with a config.json, found {found}")

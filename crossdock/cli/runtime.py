@@ -41,7 +41,7 @@ def choose_device(device: str | None, local_ranks: int) -> tuple[str, str]:
         return device, "asked for"
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus >= local_ranks:
-        return "cuda", f"{gpus} GPU{'s' if gpus > 1 else ''} for {local_ranks} local rank{'s' if local_ranks > 1 else ''}"
+        return "cuda", f"a GPU for each of this machine's ranks: {gpus} for {local_ranks}"
     if gpus:
         return "cpu", f"{local_ranks} ranks need a GPU each and this machine has {gpus}"
     built = "torch sees no GPU" if torch.version.cuda or torch.version.hip else "this torch is built for CPUs"

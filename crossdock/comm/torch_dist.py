@@ -41,7 +41,7 @@ class TorchTransport:
         gathered_WN = torch.empty(self.world_size, len(values), dtype=torch.int64)
         began = time.monotonic()
         try:
-            dist.all_gather_into_tensor(gathered_WN, mine, group=self._group)
+            dist.all_gather(list(gathered_WN.unbind(0)), mine, group=self._group)
         except RuntimeError as error:
             raise self._explain(error, phase, began) from error
         rows: list[list[int]] = gathered_WN.tolist()

@@ -31,6 +31,13 @@ def check_dtype(name: str, tensor: Tensor, expected: tuple[torch.dtype, ...], wh
         raise ConfigError(f"{name} must be {wanted} ({why}), found {tensor.dtype}")
 
 
+def check_same_device(name: str, tensor: Tensor, *others: tuple[str, Tensor]) -> None:
+    """Raises ConfigError unless every one of `others`, (name, tensor), is where `tensor` is."""
+    for other_name, other in others:
+        if other.device != tensor.device:
+            raise ConfigError(f"{other_name} is on {other.device}, but {name} is on {tensor.device}")
+
+
 def check_groups(rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor, rows_name: str, weights_name: str) -> None:
     """Raises ConfigError unless rows, weights and ends fit one another; on a CPU ends' values are checked too."""
     check_rank(rows_name, rows_RK, "R, K")
@@ -40,9 +47,7 @@ def check_groups(rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor, rows_name
         raise ConfigError(f"{rows_name} has inner size K={rows_RK.shape[1]}, but {weights_name} has K={inner}")
     check_dtype("ends_L", ends_L, (torch.int32,), "row counts are read on the device as int32")
     check_shape("ends_L", ends_L, (groups,), f"one end for each group of {weights_name}")
-    for name, tensor in ((weights_name, weights_LNK), ("ends_L", ends_L)):
-        if tensor.device != rows_RK.device:
-            raise ConfigError(f"{name} is on {tensor.device}, but {rows_name} is on {rows_RK.device}")
+    check_same_device(rows_name, rows_RK, (weights_name, weights_LNK), ("ends_L", ends_L))
     if ends_L.device.type == "cpu":
         check_ends(ends_L.tolist(), rows_RK.shape[0])
 

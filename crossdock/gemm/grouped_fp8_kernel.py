@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined, no-untyped-def, untyped-decorator"
 """The grouped product of e4m3 rows and weights, with the scales folded in every 128 of K.
 
 Hopper's tensor cores keep about 14 bits while they sum FP8 products, too few for K = 7168. So each block of 128 is
@@ -20,7 +21,7 @@ from torch import Tensor
 from crossdock._audit_spec import KernelSpec
 from crossdock._triton import tl, triton
 from crossdock.gemm.grouped_kernel import is_aligned
-from crossdock.gemm.quantize_kernel import BLOCK
+from crossdock.gemm.quantize_kernel import BLOCK, spread
 from crossdock.gemm.tile_map import GROUP_M, find_tile, next_power_of_2, swizzle, tile_bound
 from crossdock.linear import linear
 
@@ -39,11 +40,6 @@ def grouped_gemm_fp8_ref(
             out_RN[start:end] = linear(x_RK, wq_LNK[group].float() * w_scale_NK)
         start = end
     return out_RN
-
-
-def spread(scale: Tensor, size: int, dim: int) -> Tensor:
-    """Each scale of `dim` repeated over the columns it stands for: ceil(size / 128) -> size."""
-    return scale.repeat_interleave(BLOCK, dim).narrow(dim, 0, size)
 
 
 @triton.jit

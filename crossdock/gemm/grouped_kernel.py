@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined, no-untyped-def, untyped-decorator"
 """The grouped product of float rows and weights as one Triton kernel over ragged groups.
 
 A program computes one [BLOCK_M, BLOCK_N] tile of one group, walking K in steps of BLOCK_K from 0 upward. That order,
@@ -41,7 +42,7 @@ def grouped_gemm_kernel(
     stride_l,
     stride_w,
     K_MAJOR: tl.constexpr,  # weights have unit stride along K ([L, N, K] in memory), else along N
-    ALIGNED: tl.constexpr,  # addresses and strides are multiples of 16 bytes
+    ALIGNED: tl.constexpr,  # 16-byte multiples: both addresses, all strides, a tile's first column
     EVEN_N: tl.constexpr,  # N is a multiple of BLOCK_N
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     WIDEN: tl.constexpr,  # the interpreter multiplies bf16's bit patterns, so it gets float32
@@ -115,6 +116,7 @@ def grouped_gemm_triton(rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor) ->
     k_major = weights_LNK.stride(2) == 1
     config = tile_config(rows_RK.dtype, rows, groups)
     tiles_m = tile_bound(rows, groups, config["BLOCK_M"])
+    even_n = columns % config["BLOCK_N"] == 0
     strides = rows_RK.stride(0), weights_LNK.stride(0), weights_LNK.stride(1 if k_major else 2)
     grouped_gemm_kernel[(tiles_m * -(-columns // config["BLOCK_N"]),)](
         rows_RK,
@@ -127,8 +129,8 @@ def grouped_gemm_triton(rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor) ->
         inner,
         *strides,
         K_MAJOR=k_major,
-        ALIGNED=is_aligned(rows_RK, *strides) and is_aligned(weights_LNK),
-        EVEN_N=columns % config["BLOCK_N"] == 0,
+        ALIGNED=is_aligned(rows_RK, *strides) and is_aligned(weights_LNK) and (k_major or even_n),
+        EVEN_N=even_n,
         EVEN_K=inner % config["BLOCK_K"] == 0,
         WIDEN=interpreting() and rows_RK.dtype == torch.bfloat16,
         L_POW2=next_power_of_2(groups),

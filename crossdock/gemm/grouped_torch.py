@@ -51,7 +51,7 @@ def grouped_matmul_dw(dout_RN: Tensor, rows_RK: Tensor, ends_L: Tensor) -> Tenso
 def _product(rows_RA: Tensor, weights_LAB: Tensor, ends_L: Tensor) -> Tensor:
     """rows[start:end] @ weights[l] -> [R, B]."""
     takes_grouped_mm = rows_RA.dtype == torch.bfloat16 and all(map(_is_aligned, (rows_RA, weights_LAB)))
-    if takes_grouped_mm and rows_RA.device.type != "cpu":
+    if takes_grouped_mm and rows_RA.device.type != "cpu" and rows_RA.shape[0]:
         return F.grouped_mm(rows_RA, weights_LAB, offs=ends_L)
     spans = _spans(ends_L)
     if takes_grouped_mm and ends_L.shape[0] <= MAX_GROUPS_PER_FILLED * len(spans):
@@ -95,6 +95,6 @@ def _spans(ends_L: Tensor) -> list[tuple[int, int, int]]:
 def _is_aligned(tensor: Tensor) -> bool:
     """Whether F.grouped_mm takes it: unit stride along one of the last two dimensions, 16-byte steps elsewhere."""
     per_16_bytes = 16 // tensor.element_size()
-    inner = min(tensor.stride()[-2:])
-    steps = [stride for stride in tensor.stride() if stride != 1]
-    return inner == 1 and tensor.data_ptr() % 16 == 0 and all(stride % per_16_bytes == 0 for stride in steps)
+    *lead, a, b = tensor.stride()
+    steps = (*lead, max(a, b))
+    return min(a, b) == 1 and tensor.data_ptr() % 16 == 0 and all(stride % per_16_bytes == 0 for stride in steps)

@@ -1,6 +1,16 @@
-"""FP8 e4m3 with one scale per 128: rows in 1x128 strips, weights in 128x128 blocks.
+"""FP8 e4m3 with one scale per 128: activations in 1x128 strips of a row, weights in 128x128 blocks.
 
-Legend: R rows, N, K a matrix's sizes, B blocks of 128.
+The scheme is DeepSeek-V3's fine-grained quantisation (technical report, section 3.3.2); its checkpoints say so with
+`"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}` and store a weight's scales beside it
+as `weight_scale_inv`. Here and there a scale is the multiplier: value = code * scale, with scale = amax / 448.
+
+    x [R, K = 300]      | 128 columns | 128 columns | 44 |      -> 3 scales a row
+    w [N = 200, K]      128 rows and the last 72, the same 3 columns of blocks -> [2, 3] scales
+
+What does not fit: a strip or block that holds a NaN or an infinity gets scale NaN and codes 0, so that all of it
+dequantises to NaN and nothing else does. Zeros get a tiny scale and come back as zeros.
+
+Legend: R rows, N and K the sizes of a weight, B blocks of 128 along K.
 """
 
 from dataclasses import dataclass
@@ -10,54 +20,109 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossdock.backend import Backend
+from crossdock.backend import Backend, resolve_backend
+from crossdock.errors import ConfigError
+from crossdock.gemm.checks import check_dtype, check_rank, check_same_device, check_shape
+from crossdock.gemm.quantize_kernel import (
+    BLOCK,
+    E4M3_MAX,
+    encode,
+    quantize_rows_ref,
+    quantize_rows_triton,
+    scale_of,
+    spread,
+)
 
-BLOCK = 128
-E4M3_MAX = 448.0
+__all__ = [
+    "BLOCK",
+    "E4M3_MAX",
+    "QuantSpec",
+    "dequantize_blocks",
+    "dequantize_rows",
+    "quantize_blocks",
+    "quantize_rows",
+]
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    kind: Literal["none", "fp8_block", "fp8_row"] = "none"
+    """How expert weights are held and multiplied: one value in place of a row of booleans.
+
+    kind         "none": as they are, in the model's dtype
+                 "fp8_block": e4m3 in 128x128 blocks, activations quantised per 1x128 before each product
+    pow2_scales  activation scales rounded up to powers of two, so that scaling changes no mantissa (needed where
+                 scales are later stored as exponents alone, `"scale_fmt": "ue8m0"` in a checkpoint's config)
+
+    Raises ConfigError for any other kind, and for pow2_scales where nothing is quantised.
+    """
+
+    kind: Literal["none", "fp8_block"] = "none"
     pow2_scales: bool = False
 
-
-def _scale(amax: Tensor, pow2: bool) -> Tensor:
-    scale = (amax / E4M3_MAX).clamp(min=2.0**-126)
-    if pow2:
-        mantissa, exponent = torch.frexp(scale)
-        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
-    return scale
+    def __post_init__(self) -> None:
+        if self.kind not in ("none", "fp8_block"):
+            raise ConfigError(f"QuantSpec.kind must be 'none' or 'fp8_block', found {self.kind!r}")
+        if self.pow2_scales and self.kind == "none":
+            raise ConfigError("QuantSpec.pow2_scales is set, but kind 'none' has no scales")
 
 
 def quantize_rows(x_RK: Tensor, *, pow2: bool = False, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """-> q [R, K] e4m3, scale [R, B]."""
-    rows, inner = x_RK.shape
-    x_RBb = F.pad(x_RK.float(), (0, -inner % BLOCK)).view(rows, -1, BLOCK)
-    scale_RB = _scale(x_RBb.abs().amax(-1), pow2)
-    q = (x_RBb / scale_RB[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return q.view(rows, -1)[:, :inner].contiguous(), scale_RB
+    """Rows in 1x128 strips: [R, K] bf16, fp16 or fp32 -> (codes [R, K] e4m3, scales [R, ceil(K / 128)] float32).
+
+    `pow2` rounds scales up to powers of two. The last strip of a row may be short. Backends agree to the bit. Not
+    differentiable. Raises ConfigError for another rank or dtype, or a backend that cannot run here.
+    """
+    check_rank("x_RK", x_RK, "R, K")
+    check_dtype("x_RK", x_RK, FLOATS, "what can be quantised")
+    if resolve_backend(backend, x_RK.device) == "triton":
+        return quantize_rows_triton(x_RK.detach(), pow2)
+    return quantize_rows_ref(x_RK.detach(), pow2)
 
 
-def quantize_blocks(w_NK: Tensor, *, pow2: bool = False, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """[..., N, K] -> q [..., N, K] e4m3, scale [..., ceil(N / 128), ceil(K / 128)]."""
-    *lead, n, k = w_NK.shape
-    w = F.pad(w_NK.float(), (0, -k % BLOCK, 0, -n % BLOCK))
-    blocks = w.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
-    scale = _scale(blocks.abs().amax((-1, -3)), pow2)
-    q = (w / _spread(scale, w.shape[-2], w.shape[-1])).clamp(-E4M3_MAX, E4M3_MAX)
-    return q[..., :n, :k].to(torch.float8_e4m3fn).contiguous(), scale
+def quantize_blocks(w_NK: Tensor, *, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """Weights in 128x128 blocks: [..., N, K] -> (codes [..., N, K] e4m3, scales [..., ceil(N/128), ceil(K/128)] fp32).
 
-
-def _spread(scale: Tensor, n: int, k: int) -> Tensor:
-    return scale.repeat_interleave(BLOCK, -1)[..., :k].repeat_interleave(BLOCK, -2)[..., :n, :]
+    Torch only, on every device: weights are quantised once, before anything runs. The last blocks may be short. Not
+    differentiable. Raises ConfigError for fewer than two dimensions or another dtype than bf16, fp16, fp32.
+    """
+    if w_NK.dim() < 2:
+        raise ConfigError(f"w_NK must have at least 2 dimensions [..., N, K], found shape {tuple(w_NK.shape)}")
+    check_dtype("w_NK", w_NK, FLOATS, "what can be quantised")
+    rows, cols = w_NK.shape[-2:]
+    padded = F.pad(w_NK.detach().float(), (0, -cols % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.reshape(*w_NK.shape[:-2], -(-rows // BLOCK), BLOCK, -(-cols // BLOCK), BLOCK)
+    scale = scale_of(blocks.abs().amax((-1, -3)), pow2)
+    codes = encode(blocks, scale[..., :, None, :, None])
+    return codes.reshape(padded.shape)[..., :rows, :cols].contiguous(), scale
 
 
 def dequantize_rows(q_RK: Tensor, scale_RB: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """-> [R, K] in `dtype`."""
-    return (q_RK.float() * scale_RB.repeat_interleave(BLOCK, -1)[:, : q_RK.shape[1]]).to(dtype)
+    """Inverse of `quantize_rows`: codes [R, K] e4m3, scales [R, ceil(K / 128)] float32 -> [R, K] in `dtype`.
+
+    Multiplies in float32, then rounds once. Raises ConfigError where shapes, dtypes or devices do not fit.
+    """
+    check_rank("q_RK", q_RK, "R, K")
+    check_codes("q_RK", q_RK, "scale_RB", scale_RB, (q_RK.shape[0], -(-q_RK.shape[1] // BLOCK)))
+    return (q_RK.float() * spread(scale_RB, q_RK.shape[1], -1)).to(dtype)
 
 
-def dequantize_blocks(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """-> [..., N, K] in `dtype`."""
-    return (q.float() * _spread(scale, q.shape[-2], q.shape[-1])).to(dtype)
+def dequantize_blocks(q_NK: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Inverse of `quantize_blocks`: codes [..., N, K], scales [..., ceil(N/128), ceil(K/128)] -> [..., N, K].
+
+    Multiplies in float32, then rounds once to `dtype`. Raises ConfigError where shapes, dtypes or devices do not fit.
+    """
+    if q_NK.dim() < 2:
+        raise ConfigError(f"q_NK must have at least 2 dimensions [..., N, K], found shape {tuple(q_NK.shape)}")
+    *lead, rows, cols = q_NK.shape
+    check_codes("q_NK", q_NK, "scale", scale, (*lead, -(-rows // BLOCK), -(-cols // BLOCK)))
+    return (q_NK.float() * spread(spread(scale, cols, -1), rows, -2)).to(dtype)
+
+
+def check_codes(name: str, codes: Tensor, scale_name: str, scale: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ConfigError unless codes are e4m3 and their scales float32, of `shape` and on the same device."""
+    check_dtype(name, codes, (torch.float8_e4m3fn,), "codes of quantize_rows or quantize_blocks")
+    check_dtype(scale_name, scale, (torch.float32,), "scales are multiplied in float32")
+    check_shape(scale_name, scale, shape, f"one scale per {BLOCK} of {name}'s {tuple(codes.shape)}")
+    check_same_device(name, codes, (scale_name, scale))

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined, no-untyped-def, untyped-decorator"
 """1x128 quantisation of rows on the device, and the piece of it that fused kernels share.
 
 A strip is 128 neighbouring columns of one row. A program takes one row and up to 8 strips of it:
@@ -23,10 +24,10 @@ STRIPS = 8
 def quantize_rows_ref(x_RK: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     """The specification, and the torch backend: [R, K] -> codes [R, K] e4m3, scales [R, B] float32."""
     rows, inner = x_RK.shape
-    x_RBC = F.pad(x_RK.float(), (0, -inner % BLOCK)).view(rows, -(-inner // BLOCK), BLOCK)
+    x_RBC = F.pad(x_RK.float(), (0, -inner % BLOCK)).reshape(rows, -(-inner // BLOCK), BLOCK)
     scale_RB = scale_of(x_RBC.abs().amax(-1), pow2)
     q_RBC = encode(x_RBC, scale_RB[..., None])
-    return q_RBC.view(rows, q_RBC.shape[1] * BLOCK)[:, :inner].contiguous(), scale_RB
+    return q_RBC.reshape(rows, q_RBC.shape[1] * BLOCK)[:, :inner].contiguous(), scale_RB
 
 
 def scale_of(amax: Tensor, pow2: bool) -> Tensor:
@@ -45,13 +46,16 @@ def encode(x: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale == scale, x / scale, 0.0).to(torch.float8_e4m3fn)
 
 
+def spread(scale: Tensor, size: int, dim: int) -> Tensor:
+    """Each scale of `dim` repeated over the columns it stands for: ceil(size / 128) -> size."""
+    return scale.repeat_interleave(BLOCK, dim).narrow(dim, 0, size)
+
+
 @triton.jit
-def quantize_strips(
-    x_SC, E4M3_MAX: tl.constexpr, MIN_SCALE: tl.constexpr, POW2: tl.constexpr, PRE_ROUND: tl.constexpr
-):
+def quantize_strips(x_SC, E4M3_MAX: tl.constexpr, MIN_SCALE: tl.constexpr, POW2: tl.constexpr, PRE_ROUND: tl.constexpr):
     """float32 strips [S, C] -> (x / scale [S, C] float32, scale [S]): what `scale_of` and `encode` do but for the cast.
 
-    PRE_ROUND puts the values on e4m3's grid first: the interpreter's own cast to it rounds wrongly, a device's does not.
+    PRE_ROUND puts the values on e4m3's grid first: the interpreter's own cast to it rounds wrongly.
     """
     amax_S = tl.max(tl.where(x_SC == x_SC, tl.abs(x_SC), float("inf")), axis=1)
     finite_S = amax_S < float("inf")
@@ -60,7 +64,7 @@ def quantize_strips(
         bits_S = (scale_S.to(tl.int32, bitcast=True) + 0x7FFFFF) & -0x800000
         scale_S = bits_S.to(tl.float32, bitcast=True)
     divisor_SC = tl.broadcast_to(scale_S[:, None], x_SC.shape)
-    scaled_SC = tl.where(finite_S[:, None], tl.div_rn(x_SC, divisor_SC), 0.0)
+    scaled_SC = tl.div_rn(tl.where(finite_S[:, None], x_SC, 0.0), divisor_SC)
     if PRE_ROUND:  # adding 1.5 * 2^23 steps pushes what lies below a step out of the mantissa, to nearest even
         power_SC = (scaled_SC.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         shift_SC = tl.maximum(power_SC, 0.015625) * 1572864.0

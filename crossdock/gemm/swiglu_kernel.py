@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined, no-untyped-def, untyped-decorator"
 """SwiGLU on the device, alone and fused with the quantisation of what it gives.
 
 Fused, the [R, F] product never reaches memory in bf16: 2 bytes read and 1 written a column in place of 2 + 2 + 2 + 1,
@@ -83,9 +84,7 @@ def swiglu_triton(gate_up_R2F: Tensor) -> Tensor:
     gate_up_R2F = gate_up_R2F if gate_up_R2F.stride(1) == 1 else gate_up_R2F.contiguous()
     out_RF = torch.empty((rows, inner), dtype=gate_up_R2F.dtype, device=gate_up_R2F.device)
     if out_RF.numel():
-        swiglu_kernel[(rows, -(-inner // COLUMNS))](
-            gate_up_R2F, out_RF, gate_up_R2F.stride(0), inner, COLUMNS=COLUMNS
-        )
+        swiglu_kernel[(rows, -(-inner // COLUMNS))](gate_up_R2F, out_RF, gate_up_R2F.stride(0), inner, COLUMNS=COLUMNS)
     return out_RF
 
 

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined, no-untyped-def, untyped-decorator"
 """Which rows a program works on when groups are ragged and only the device knows where they end.
 
 The host may not read `ends` (it would wait for the device), so it launches an upper bound of tiles, and each program

@@ -98,8 +98,8 @@ class PagedCache:
             positions.extend(new)
             rows.extend(sequence.pages[p // self.page_size] * self.page_size + p % self.page_size for p in new)
             spans.append(Span(start, len(positions), context, self._rows(sequence, context), decode))
-        device = self.data.device
-        return Batch(torch.tensor(positions, device=device), torch.tensor(rows, device=device), tuple(spans))
+        as_index = {"dtype": torch.int64, "device": self.data.device}
+        return Batch(torch.tensor(positions, **as_index), torch.tensor(rows, **as_index), tuple(spans))
 
     def _rows(self, sequence: Sequence, length: int) -> slice | Tensor:
         pages = sequence.pages[: -(-length // self.page_size)]

@@ -85,10 +85,10 @@ class Checkpoint:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self.file_of = self._index()
         self._open: Path | None = None
         self._handle: Any = None
         self._read = 0
+        self.file_of = self._index()
 
     def _index(self) -> dict[str, Path]:
         index = self.directory / "model.safetensors.index.json"

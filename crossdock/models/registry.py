@@ -1,7 +1,7 @@
 """From a checkpoint directory to a model: which family its `config.json` names, and its tensors on this rank."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ def load_model(
     match config.get("model_type"):
         case "deepseek_v3":
             settings = DeepSeekConfig.from_hf(config, quant)
+            if f"model.layers.{settings.num_hidden_layers}.eh_proj.weight" not in checkpoint.file_of:
+                settings = replace(settings, num_nextn_predict_layers=0)  # many checkpoints leave the MTP layer out
             model = DeepSeekModel(settings, transport, dtype=dtype, device=device)
             targets = deepseek_targets(model)
         case "qwen3_moe" | "qwen2_moe":

@@ -2,7 +2,19 @@
 
 from crossdock.moe.config import MoEConfig
 from crossdock.moe.experts import Experts, Fp8Experts, make_experts
+from crossdock.moe.gradients import sum_replicated_gradients
 from crossdock.moe.layer import MoELayer
 from crossdock.moe.mlp import GatedMLP, SwigluMLP
+from crossdock.moe.reference import moe_ref
 
-__all__ = ["Experts", "Fp8Experts", "GatedMLP", "MoEConfig", "MoELayer", "SwigluMLP", "make_experts"]
+__all__ = [
+    "Experts",
+    "Fp8Experts",
+    "GatedMLP",
+    "MoEConfig",
+    "MoELayer",
+    "SwigluMLP",
+    "make_experts",
+    "moe_ref",
+    "sum_replicated_gradients",
+]

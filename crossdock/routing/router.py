@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from crossdock.backend import Backend
-from crossdock.routing.checks import check_selection
 from crossdock.routing.logits import router_gemm
-from crossdock.routing.scores import Routing, Score
+from crossdock.routing.rule import Routing, Rule, Score
 from crossdock.routing.select import select_experts
 
 
@@ -42,9 +41,8 @@ class Router(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        check_selection(num_experts, top_k, score, num_groups, top_groups)
-        self.top_k, self.score, self.num_groups, self.top_groups = top_k, score, num_groups, top_groups
-        self.renormalize, self.scale, self.backend = renormalize, scale, backend
+        self.rule = Rule(num_experts, top_k, score, num_groups, top_groups, renormalize, scale)
+        self.backend = backend
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size, dtype=dtype, device=device))
         bias_E = torch.zeros(num_experts, dtype=torch.float32, device=device) if selection_bias else None
         self.register_buffer("e_score_correction_bias", bias_E)
@@ -56,15 +54,16 @@ class Router(nn.Module):
         """
         if valid_T is not None and torch.is_grad_enabled():
             x_TD = x_TD.masked_fill(~valid_T[:, None], 0.0)  # or a NaN there would reach the gradient of `weight`
+        rule = self.rule
         return select_experts(
             router_gemm(x_TD, self.weight, self.backend),
-            top_k=self.top_k,
-            score=self.score,
+            top_k=rule.top_k,
+            score=rule.score,
             bias_E=self.e_score_correction_bias,
-            num_groups=self.num_groups,
-            top_groups=self.top_groups,
-            renormalize=self.renormalize,
-            scale=self.scale,
+            num_groups=rule.num_groups,
+            top_groups=rule.top_groups,
+            renormalize=rule.renormalize,
+            scale=rule.scale,
             valid_T=valid_T,
             load_E=load_E,
             backend=self.backend,

@@ -41,8 +41,8 @@ def _case(rows: int, weights_LNK: Any, ceilings: Any) -> dict[str, Any]:
     rows_RK = torch.randn(rows, inner, device=device).to(weights_LNK.dtype)
     counts = torch.bincount(torch.randint(groups, (rows,)), minlength=groups)
     ends_L = counts.cumsum(0).to(torch.int32).to(device)
-    ends = ends_L.tolist()
-    spans = [(group, begin, end) for group, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > begin]
+    bounds = [0, *ends_L.tolist()]
+    spans = [(group, bounds[group], bounds[group + 1]) for group in range(groups) if bounds[group + 1] > bounds[group]]
     contenders = {
         "crossdock": lambda: grouped_gemm(rows_RK, weights_LNK, ends_L),
         "linear_loop": lambda: torch.cat([F.linear(rows_RK[b:e], weights_LNK[g]) for g, b, e in spans]),

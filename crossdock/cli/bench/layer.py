@@ -89,7 +89,10 @@ def _transformers_blocks(ours: Any, shape: dict[str, int], device: Any, dtype: A
         config._experts_implementation = name
         block = Qwen3MoeSparseMoeBlock(config).to(device=device, dtype=dtype).requires_grad_(False)
         block.gate.weight.data = ours.router.weight.data.to(dtype)
-        block.experts.gate_up_proj.data, block.experts.down_proj.data = ours.experts.gate_up.data, ours.experts.down.data
+        block.experts.gate_up_proj.data, block.experts.down_proj.data = (
+            ours.experts.gate_up.data,
+            ours.experts.down.data,
+        )
         blocks[f"transformers_{name}"] = _Flat(block)
     return blocks
 

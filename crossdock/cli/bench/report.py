@@ -1,4 +1,4 @@
-"""How a measurement is shown: a table whose lines have time, rates and ratios together, one JSON object, or a drawing."""
+"""How a measurement is shown: a table with time, rates and ratios on one line, one JSON object, or a drawing."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""How everything is timed: contenders take turns, so that a machine that slows down slows all of them, and the median counts.
+"""How everything is timed: contenders take turns, so that a slow moment of the machine hits all; the median counts.
 
 The ceilings are measured in the same run by the same clock: what the device reaches when it only copies, and when it
 only multiplies.
@@ -72,11 +72,11 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     return Ceilings(2 * source.nbytes / copied / 1e9, best / 1e12)
 
 
-class _Launches(TorchDispatchMode):
+class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operators that compute: not views, not allocations."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,7 +97,8 @@ def count_launches(call: Callable[[], Any], device: torch.device) -> int:
         with torch.profiler.profile(activities=activities) as profile:
             call()
             torch.cuda.synchronize(device)
-        return sum(1 for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+        events: Any = profile.events()
+        return len([event for event in events if event.device_type.name == "CUDA"])
     with _Launches() as launches:
         call()
     return len(launches.names)

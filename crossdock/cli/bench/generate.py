@@ -1,0 +1,108 @@
+"""`bench generate`: prefill, decode and the memory of loading, against transformers on the same checkpoint.
+
+Each run is a process of its own (generate_worker.py) with the same number of threads; contenders take turns, and the
+median of each figure counts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+
+from crossdock.cli.bench.report import AsJson, Dtype, Plot, check_plot, deliver
+from crossdock.cli.launch import cores
+from crossdock.cli.request import example_directory, read_config_json
+from crossdock.errors import ConfigError, CrossdockError
+
+
+def generate(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Hugging Face directory; the bundled example by default.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 128,
+    dtype: Annotated[Dtype, typer.Option(help="What both compute in.")] = Dtype.float32,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process; one a core by default.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes of each contender.")] = 3,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prefill, decode (batch 1) and memory of loading, beside transformers."""
+    check_plot(plot)
+    directory = checkpoint or example_directory()
+    config = read_config_json(directory, bundled=checkpoint is None)
+    context = config.get("max_position_embeddings", 1 << 30)
+    if prompt_tokens + new_tokens > context:
+        raise ConfigError(f"{prompt_tokens} + {new_tokens} tokens are more than the model's context of {context}")
+    contenders = ["crossdock", *(["crossdock_mtp"] if config.get("num_nextn_predict_layers") else [])]
+    if _has_transformers():
+        contenders.append("transformers")
+    job = {
+        "directory": str(directory),
+        "dtype": dtype.value,
+        "threads": threads or cores(),
+        "prompt": [(17 * i * i + 5 * i + 3) % config["vocab_size"] for i in range(prompt_tokens)],
+        "new_tokens": new_tokens,
+    }
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name in contenders:
+            print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr)
+            runs[name].append(_run(job | {"contender": name}))
+    figures = {name: {key: median(run[key] for run in done) for key in done[0]} for name, done in runs.items()}
+    deliver(_result(figures, job, prompt_tokens), "generate", as_json, plot)
+
+
+def _has_transformers() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("transformers") is not None
+
+
+def _run(job: dict[str, Any]) -> dict[str, float]:
+    """One process's figures. Raises CrossdockError with its last line where it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"])}
+    command = [sys.executable, "-m", "crossdock.cli.bench.generate_worker"]
+    done = subprocess.run(command, input=json.dumps(job), env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CrossdockError(f"the {job['contender']} run ended with exit code {done.returncode}: {last}")
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _result(figures: dict[str, dict[str, float]], job: dict[str, Any], prompt_tokens: int) -> dict[str, Any]:
+    """Rates of crossdock, and how many times a peer's they are (for memory: how many times less)."""
+    cases = []
+    ours = figures["crossdock"]
+    peers = {name: other for name, other in figures.items() if name != "crossdock"}
+    for case, tokens in (("prefill", prompt_tokens), ("decode", job["new_tokens"])):
+        seconds = {name: other[f"{case}_s"] for name, other in figures.items()}
+        cases.append(
+            {
+                "case": case,
+                "tokens_per_s": tokens / seconds["crossdock"],
+                "peers_tokens_per_s": {name: tokens / seconds[name] for name in peers},
+                "ratio": {name: seconds[name] / seconds["crossdock"] for name in peers},
+            }
+        )
+    cases.append(
+        {
+            "case": "load",
+            "tokens_per_s": None,
+            "seconds": ours["load_s"],
+            "peak_rss_bytes": ours["peak_rss_bytes"],
+            "ratio": {name: other["peak_rss_bytes"] / ours["peak_rss_bytes"] for name, other in peers.items()},
+        }
+    )
+    extra = {name: job[name] for name in ("dtype", "threads", "new_tokens")}
+    return extra | {
+        "prompt_tokens": prompt_tokens,
+        "rss": {n: f["peak_rss_bytes"] for n, f in figures.items()},
+        "cases": cases,
+    }

@@ -1,0 +1,91 @@
+"""One contender of `bench generate` in a process of its own: a JSON job on stdin, one JSON line of figures on stdout.
+
+prefill_s is until the first token; decode_s is for `new_tokens` tokens after it, batch 1; both after a warm-up.
+peak_rss_bytes is the process's peak after loading, before anything runs; idle_rss_bytes is its peak before loading.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Figures = tuple[float, float]  # prefill_s, decode_s
+
+
+def _peak_rss() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _crossdock(job: dict[str, Any], dtype: torch.dtype, speculate: bool) -> Callable[[], Figures]:
+    from crossdock.comm import LocalTransport
+    from crossdock.models.generate import generate
+    from crossdock.models.registry import load_model
+
+    transport = LocalTransport()
+    model: Any = load_model(job["directory"], transport, dtype=dtype).model
+
+    def run() -> Figures:
+        count = job["new_tokens"] + 1
+        done = generate(model, [job["prompt"]], transport, max_new_tokens=count, speculate=speculate, dtype=dtype)
+        return done.prefill_s, done.decode_s
+
+    return run
+
+
+def _transformers(job: dict[str, Any], dtype: torch.dtype) -> Callable[[], Figures]:
+    import transformers as installed
+
+    transformers: Any = installed
+    transformers.logging.set_verbosity_error()
+    config = transformers.AutoConfig.from_pretrained(job["directory"])
+    options = {}
+    if getattr(config, "quantization_config", None):
+        options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(job["directory"], dtype=dtype, **options).eval()
+    ids = torch.tensor([job["prompt"]])
+
+    def timed(count: int) -> float:
+        began = time.perf_counter()
+        with torch.no_grad():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        assert out.shape[1] == ids.shape[1] + count
+        return time.perf_counter() - began
+
+    def run() -> Figures:
+        prefill_s = timed(1)
+        return prefill_s, timed(job["new_tokens"] + 1) - prefill_s
+
+    return run
+
+
+def main() -> None:
+    """Runs the job on stdin."""
+    job = json.load(sys.stdin)
+    torch.set_num_threads(job["threads"])
+    dtype = getattr(torch, job["dtype"])
+    idle, began = _peak_rss(), time.perf_counter()
+    if job["contender"] == "transformers":
+        run = _transformers(job, dtype)
+    else:
+        run = _crossdock(job, dtype, speculate=job["contender"] == "crossdock_mtp")
+    load_s, peak = time.perf_counter() - began, _peak_rss()
+    run()
+    prefill_s, decode_s = (min(figure) for figure in zip(run(), run(), strict=True))
+    figures = {"load_s": load_s, "idle_rss_bytes": idle, "peak_rss_bytes": peak}
+    print(json.dumps(figures | {"prefill_s": prefill_s, "decode_s": decode_s}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Disagreement, wrong arguments and lost ranks are told apart, named and never waited for beyond the timeout."""
+
+import os
+import re
+import time
+
+import pytest
+import torch
+
+from crossdock import EPGroup, LocalWorld, make_transport
+from crossdock.comm import Dispatcher, LocalTransport, TorchTransport, Transport
+from crossdock.errors import CommTimeout, ConfigError, PlanMismatch, RankFailure
+from tests.launch import RankError, Ranks
+
+
+def one_exchange(transport: Transport, slots: int = 12, hidden: int = 8, dtype: torch.dtype = torch.float32, k: int = 2) -> None:
+    dispatcher = Dispatcher(transport, slots, hidden, dtype)
+    inbound = dispatcher.dispatch(torch.ones(3, hidden, dtype=dtype), dispatcher.plan(torch.zeros(3, k, dtype=torch.int64)))
+    dispatcher.combine(inbound.rows_RD, torch.ones(3, k), inbound)
+
+
+@pytest.mark.parametrize(
+    ("other", "names"),
+    [
+        ({"slots": 8}, "slots is 8 on rank 1, expected 12 as here"),
+        ({"hidden": 9}, "hidden size is 9 on rank 1, expected 8"),
+        ({"dtype": torch.bfloat16}, "dtype is torch.bfloat16 on rank 1, expected torch.float32"),
+        ({"k": 3}, "experts per token is 3 on rank 1, expected 2"),
+    ],
+)
+def test_ranks_that_disagree_are_named_before_rows_move(other: dict[str, object], names: str) -> None:
+    with pytest.raises(PlanMismatch, match=f"rank 0: plan of exchange 1 in MoE layer 0: {re.escape(names)}"):
+        LocalWorld(2).run(lambda t: one_exchange(t, **(other if t.rank else {})))  # type: ignore[arg-type]
+
+
+def test_a_rank_in_another_layer_is_named() -> None:
+    def skip_a_layer(transport: Transport) -> None:
+        layers = [Dispatcher(transport, 4, 8, torch.float32) for _ in range(2)]
+        ids_TK = torch.zeros(1, 1, dtype=torch.int64)
+        for layer in layers:
+            layer.plan(ids_TK)
+        layers[transport.rank].plan(ids_TK)
+
+    with pytest.raises(PlanMismatch, match="layer is 1 on rank 1, expected 0"):
+        LocalWorld(2).run(skip_a_layer)
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [
+        (torch.tensor([[0, 4]]), "in -1..3, found 4"),
+        (torch.tensor([[-2, 0]]), "in -1..3, found -2"),
+        (torch.tensor([0, 1]), r"int64 \[T, K\], found torch.int64 \(2,\)"),
+        (torch.tensor([[0.0]]), "found torch.float32"),
+    ],
+)
+def test_wrong_ids_are_named(ids: torch.Tensor, names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        Dispatcher(LocalTransport(), 4, 8, torch.float32).plan(ids)
+
+
+def test_rows_of_another_form_are_refused() -> None:
+    dispatcher = Dispatcher(LocalTransport(), 4, 8, torch.float32)
+    plan = dispatcher.plan(torch.tensor([[0, 1]]))
+    with pytest.raises(ConfigError, match=r"x_TD must be torch.float32 \[1, 8\], found torch.float32 \[1, 9\]"):
+        dispatcher.dispatch(torch.zeros(1, 9), plan)
+    with pytest.raises(ConfigError, match=r"out_RD must be torch.float32 \[2, 8\], found torch.bfloat16"):
+        dispatcher.combine(torch.zeros(2, 8).bfloat16(), torch.ones(1, 2), dispatcher.dispatch(torch.zeros(1, 8), plan))
+    with pytest.raises(ConfigError, match=r"weights_TK must have shape \(1, 2\), found \(2, 2\)"):
+        dispatcher.combine(torch.zeros(2, 8), torch.ones(2, 2), dispatcher.dispatch(torch.zeros(1, 8), plan))
+    with pytest.raises(ConfigError, match="5 slots do not divide over 2 ranks"):
+        LocalWorld(2).run(lambda t: Dispatcher(t, 5, 8, torch.float32))
+
+
+def test_transports_are_chosen_by_name() -> None:
+    assert make_transport(EPGroup.solo()).name == "local"
+    with pytest.raises(ConfigError, match="transport must be 'auto' or one of .*, found 'rdma'"):
+        make_transport(EPGroup.solo(), "rdma")
+    with pytest.raises(ConfigError, match="needs a process group"):
+        TorchTransport(EPGroup.solo())
+
+
+def test_a_virtual_rank_that_raises_ends_the_others_at_once() -> None:
+    def work(transport: Transport) -> None:
+        if transport.rank == 2:
+            raise ValueError("broken on purpose")
+        one_exchange(transport)
+
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="broken on purpose"):
+        LocalWorld(3, timeout_s=30).run(work)
+    assert time.monotonic() - began < 10
+
+
+def test_a_virtual_rank_that_leaves_or_stalls_is_named() -> None:
+    with pytest.raises(RankFailure, match="rank 0: plan of exchange 1 in MoE layer 0: rank 1 is gone: it has finished"):
+        LocalWorld(2).run(lambda t: None if t.rank else one_exchange(t))
+
+    def stall(transport: Transport) -> None:
+        if transport.rank:
+            time.sleep(2)
+        else:
+            one_exchange(transport)
+
+    with pytest.raises(CommTimeout, match=r"ranks \[1\] did not arrive within 0.5 s"):
+        LocalWorld(2, timeout_s=0.5).run(stall)
+
+
+def exchange_or_stay_away(group: EPGroup, absent: int, seconds: float) -> float:
+    """One exchange, then another in which `absent` comes `seconds` late or (below 0) dies; how long the error took."""
+    transport = make_transport(group)
+    one_exchange(transport)
+    if group.rank == absent:
+        if seconds < 0:
+            os._exit(1)
+        time.sleep(seconds)
+        return 0.0
+    began = time.monotonic()
+    try:
+        one_exchange(transport)
+    except (RankFailure, CommTimeout) as error:
+        took = time.monotonic() - began
+        assert f"rank {absent}" in str(error).split(":", 1)[1], error
+        assert took < 15
+        raise
+    return time.monotonic() - began
+
+
+def test_a_process_that_dies_is_named_by_every_other() -> None:
+    with Ranks(3, timeout_s=20) as ranks, pytest.raises(RankError) as caught:
+        ranks.run(exchange_or_stay_away, 1, -1.0)
+    assert caught.value.kinds == {0: "RankFailure", 1: "Died", 2: "RankFailure"}
+
+
+def test_a_process_that_stalls_is_named_within_the_timeout() -> None:
+    with Ranks(2, timeout_s=2) as ranks, pytest.raises(RankError) as caught:
+        ranks.run(exchange_or_stay_away, 1, 5.0)
+    assert caught.value.kinds in ({0: "RankFailure"}, {0: "CommTimeout"})

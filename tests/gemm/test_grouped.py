@@ -1,0 +1,201 @@
+"""The grouped product in every dtype and on both backends against float64; who it may depend on; its gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from crossdock.errors import ConfigError
+from crossdock.gemm import grouped_gemm
+from crossdock.gemm.grouped_kernel import grouped_gemm_ref
+
+BACKENDS = ["torch", "triton"]
+ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # interpreted bf16 truncates
+CASES = [  # rows of each group, N, K
+    ([1], 1, 1),
+    ([0, 0, 5], 64, 128),
+    ([3, 0, 70, 1, 0], 130, 200),
+    ([129, 0, 64, 2], 33, 65),
+    ([0, 0], 16, 16),
+    ([700, 3], 70, 16),
+    ([1] * 9, 48, 32),
+]
+
+
+def case(
+    counts: list[int], columns: int, inner: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and weights whose sizes span decades from one row and one output column to the next."""
+    generator = torch.Generator().manual_seed(sum(counts) * 10007 + columns * 101 + inner)
+    rows, groups = sum(counts), len(counts)
+    rows_RK = torch.randn(rows, inner, generator=generator) * 10 ** torch.randn(rows, 1, generator=generator)
+    weights_LNK = torch.randn(groups, columns, inner, generator=generator)
+    weights_LNK *= 10 ** torch.randn(groups, columns, 1, generator=generator)
+    if dtype == torch.float16:  # its sums must stay below 65504
+        rows_RK, weights_LNK = rows_RK.clamp(-15, 15), weights_LNK.clamp(-15, 15)
+    ends_L = torch.tensor(counts).cumsum(0).to(torch.int32)
+    return rows_RK.to(device, dtype), weights_LNK.to(device, dtype), ends_L.to(device)
+
+
+def assert_close_to_float64(out_RN: Tensor, rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor) -> None:
+    """Each element within float32 summation error of its own terms, and one rounding to its dtype."""
+    start = 0
+    for w_NK, end in zip(weights_LNK.double(), ends_L.tolist(), strict=True):
+        x_RK, seen = rows_RK[start:end].double(), out_RN[start:end].double()
+        expected, size = x_RK @ w_NK.t(), x_RK.abs() @ w_NK.abs().t()
+        bound = size * 2.0**-21 + expected.abs() * ROUNDING[out_RN.dtype] + 1e-6 * (out_RN.dtype == torch.float16)
+        assert ((seen - expected).abs() <= bound).all()  # NaN fails it too
+        start = end
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("counts", "columns", "inner"), CASES)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.usefixtures("poison")
+def test_against_float64(
+    backend: str, counts: list[int], columns: int, inner: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    args = case(counts, columns, inner, dtype, device)
+    out_RN = grouped_gemm(*args, backend=backend)
+    assert out_RN.dtype == dtype and out_RN.shape == (sum(counts), columns)
+    assert_close_to_float64(out_RN, *args)
+    assert_close_to_float64(grouped_gemm_ref(*args), *args)
+    assert torch.equal(out_RN, grouped_gemm(*args, backend=backend))
+
+
+@given(
+    counts=st.lists(st.sampled_from([0, 0, 1, 2, 5, 63, 64, 65]), min_size=1, max_size=11),
+    columns=st.integers(1, 140),
+    inner=st.integers(1, 70),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_sizes(counts: list[int], columns: int, inner: int) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        args = case(counts, columns, inner, dtype, device)
+        for backend in BACKENDS:
+            assert_close_to_float64(grouped_gemm(*args, backend=backend), *args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_layouts(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Transposed, strided and offset operands give what contiguous ones do."""
+    rows_RK, weights_LNK, ends_L = case([3, 0, 70, 1], 64, 40, dtype, device)
+    expected = grouped_gemm(rows_RK, weights_LNK, ends_L, backend=backend)
+    transposed_LNK = weights_LNK.transpose(1, 2).contiguous().transpose(1, 2)
+    wide_LNK = torch.cat([weights_LNK, weights_LNK], 2)[:, :, :40]
+    every_other_LNK = weights_LNK.repeat_interleave(2, 2)[:, :, ::2]
+    shifted_LNK = torch.cat([weights_LNK.flatten()[:1], weights_LNK.flatten()])[1:].view(weights_LNK.shape)
+    for view in (transposed_LNK, wide_LNK, every_other_LNK, shifted_LNK):
+        out_RN = grouped_gemm(rows_RK, view, ends_L, backend=backend)
+        torch.testing.assert_close(out_RN, expected, rtol=ROUNDING[dtype] or 1e-5, atol=1e-3)
+    for view in (torch.cat([rows_RK, rows_RK], 1)[:, :40], rows_RK.t().contiguous().t()):
+        out_RN = grouped_gemm(view, weights_LNK, ends_L, backend=backend)
+        torch.testing.assert_close(out_RN, expected, rtol=ROUNDING[dtype] or 1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_triton_rows_do_not_depend_on_their_company(dtype: torch.dtype, device: torch.device) -> None:
+    """A row alone, in its group, and in a batch large enough for the other tile height has the same bits."""
+    rows_RK, weights_LNK, ends_L = case([200, 0, 71], 96, 150, dtype, device)
+    whole_RN = grouped_gemm(rows_RK, weights_LNK, ends_L, backend="triton")
+    for row, group in ((0, 0), (63, 0), (64, 0), (199, 0), (200, 2), (270, 2)):
+        alone_L = torch.tensor([int(other >= group) for other in range(3)], dtype=torch.int32, device=device)
+        alone_RN = grouped_gemm(rows_RK[row : row + 1], weights_LNK, alone_L, backend="triton")
+        assert torch.equal(alone_RN[0], whole_RN[row])
+
+
+@pytest.mark.parametrize(("columns", "inner"), [(1, 7), (64, 64), (130, 300), (256, 1024)])
+def test_torch_float32_rows_do_not_depend_on_their_company(columns: int, inner: int) -> None:
+    """On a CPU: a row's bits alone equal its bits in a group of any size, wherever in the batch that group is."""
+    rows_RK, weights_LNK, _ = case([40, 0], columns, inner, torch.float32, torch.device("cpu"))
+    alone_RN = torch.cat(
+        [grouped_gemm(row[None], weights_LNK[:1], torch.tensor([1], dtype=torch.int32)) for row in rows_RK]
+    )
+    for size in [*range(1, 18), 31, 32, 39]:
+        ends_L = torch.tensor([size, 40], dtype=torch.int32)
+        same_LNK = weights_LNK[:1].expand(2, -1, -1)
+        assert torch.equal(grouped_gemm(rows_RK, same_LNK, ends_L, backend="torch"), alone_RN)
+
+
+def test_offsets_beyond_int32(device: torch.device) -> None:
+    """Strides that fit int32 and offsets that do not, in memory whose pages stay untouched but for a few."""
+    rows_RK, weights_LNK, ends_L = case([1, 1, 1], 5, 40, torch.bfloat16, device)
+    far_rows = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device).as_strided((3, 40), (2**30, 1))
+    far_weights = torch.empty(2**31 + 256, dtype=torch.bfloat16, device=device)
+    far_weights = far_weights.as_strided((3, 5, 40), (2**30, 40, 1))
+    far_rows.copy_(rows_RK)
+    far_weights.copy_(weights_LNK)
+    out_RN = grouped_gemm(far_rows, far_weights, ends_L, backend="triton")
+    assert torch.equal(out_RN, grouped_gemm(rows_RK, weights_LNK, ends_L, backend="triton"))
+
+
+def test_gradients_in_float64() -> None:
+    rows_RK, weights_LNK, ends_L = case([3, 0, 1, 2], 4, 5, torch.float64, torch.device("cpu"))
+    rows_RK.requires_grad_()
+    weights_LNK.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: grouped_gemm(x, w, ends_L), (rows_RK, weights_LNK))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[3, 0, 70, 1], [0, 0]])
+@pytest.mark.usefixtures("poison")
+def test_gradients_against_float64(backend: str, dtype: torch.dtype, counts: list[int], device: torch.device) -> None:
+    rows_RK, weights_LNK, ends_L = case(counts, 33, 40, dtype, device)
+    rows_RK.requires_grad_()
+    weights_LNK.requires_grad_()
+    dout_RN = torch.randn(len(rows_RK), 33, device=device).to(dtype)
+    grouped_gemm(rows_RK, weights_LNK, ends_L, backend=backend).backward(dout_RN)
+    assert rows_RK.grad is not None and weights_LNK.grad is not None
+    with torch.no_grad():
+        assert_close_to_float64(rows_RK.grad, dout_RN, weights_LNK.transpose(1, 2), ends_L)
+        start = 0
+        for dw_NK, end in zip(weights_LNK.grad, ends_L.tolist(), strict=True):
+            group_L = torch.tensor([33], dtype=torch.int32)
+            x_1KR = rows_RK[start:end].t()[None]
+            assert_close_to_float64(dw_NK, dout_RN[start:end].t(), x_1KR, group_L)
+            start = end
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_what_is_asked_for(backend: str, device: torch.device) -> None:
+    """One operand alone may need a gradient, and a broadcast one may come in."""
+    rows_RK, weights_LNK, ends_L = case([2, 3], 8, 16, torch.float32, device)
+    for leaf in (rows_RK, weights_LNK):
+        leaf.requires_grad_()
+        grouped_gemm(rows_RK, weights_LNK, ends_L, backend=backend).sum().backward()
+        assert leaf.grad is not None and leaf.grad.isfinite().all()
+        leaf.requires_grad_(False)
+        leaf.grad = None
+    assert rows_RK.grad is None
+
+
+def test_bad_arguments() -> None:
+    rows_RK, weights_LNK, ends_L = case([2, 3], 8, 16, torch.float32, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"rows_RK must have 2 dimensions \[R, K\], found shape \(16,\)"):
+        grouped_gemm(rows_RK[0], weights_LNK, ends_L)
+    with pytest.raises(ConfigError, match=r"weights_LNK must have 3 dimensions \[L, N, K\], found shape \(8, 16\)"):
+        grouped_gemm(rows_RK, weights_LNK[0], ends_L)
+    with pytest.raises(ConfigError, match=r"rows_RK has inner size K=16, but weights_LNK has K=15"):
+        grouped_gemm(rows_RK, weights_LNK[:, :, 1:], ends_L)
+    with pytest.raises(ConfigError, match=r"weights_LNK must be torch.float32 .*, found torch.bfloat16"):
+        grouped_gemm(rows_RK, weights_LNK.bfloat16(), ends_L)
+    with pytest.raises(ConfigError, match=r"rows_RK must be .*, found torch.int32"):
+        grouped_gemm(rows_RK.int(), weights_LNK.int(), ends_L)
+    with pytest.raises(ConfigError, match=r"rows_RK must be .*, found torch.float64"):
+        grouped_gemm(rows_RK.double(), weights_LNK.double(), ends_L, backend="triton")
+    with pytest.raises(ConfigError, match=r"ends_L must be torch.int32 .*, found torch.int64"):
+        grouped_gemm(rows_RK, weights_LNK, ends_L.long())
+    with pytest.raises(ConfigError, match=r"ends_L must have shape \(2,\) .*, found \(1,\)"):
+        grouped_gemm(rows_RK, weights_LNK, ends_L[1:])
+    with pytest.raises(ConfigError, match=r"ends_L must not decrease: group 1 ends at 5 but starts at 6"):
+        grouped_gemm(rows_RK, weights_LNK, torch.tensor([6, 5], dtype=torch.int32))
+    with pytest.raises(ConfigError, match=r"ends_L must not decrease: group 0 ends at -1 but starts at 0"):
+        grouped_gemm(rows_RK, weights_LNK, torch.tensor([-1, 5], dtype=torch.int32))
+    with pytest.raises(ConfigError, match=r"ends_L must end at the number of rows, 5, found 4"):
+        grouped_gemm(rows_RK, weights_LNK, torch.tensor([2, 4], dtype=torch.int32))
+    with pytest.raises(ConfigError, match=r"weights_LNK is on meta, but rows_RK is on cpu"):
+        grouped_gemm(rows_RK, weights_LNK.to("meta"), ends_L)

@@ -1,0 +1,72 @@
+"""Random-weight checkpoints written by transformers, small enough to make in a test and odd enough to catch mistakes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+DEEPSEEK: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 40, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 1, "kv_lora_rank": 16,
+    "q_lora_rank": 24, "qk_rope_head_dim": 8, "v_head_dim": 12, "qk_nope_head_dim": 16, "n_group": 4, "topk_group": 2,
+    "num_experts_per_tok": 3, "first_k_dense_replace": 1, "max_position_embeddings": 256, "eos_token_id": None,
+    "bos_token_id": None,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32,
+        "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0}  # fmt: skip
+QWEN: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 40, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 3,
+    "max_position_embeddings": 256, "eos_token_id": None, "bos_token_id": None,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK),
+    "deepseek_v3-no-q-lora": ("DeepseekV3", DEEPSEEK | {"q_lora_rank": None}),
+    "deepseek_v3-one-group": ("DeepseekV3", DEEPSEEK | {"n_group": 1, "topk_group": 1}),
+    "deepseek_v3-yarn": ("DeepseekV3", DEEPSEEK | {"rope_parameters": YARN}),
+    "qwen3_moe": ("Qwen3Moe", QWEN | {"head_dim": 24, "norm_topk_prob": True}),
+    "qwen2_moe": ("Qwen2Moe", QWEN | {"shared_expert_intermediate_size": 48, "norm_topk_prob": False}),
+}
+
+
+def build(family: str, seed: int = 0) -> Any:
+    """The transformers model of a family, float32, weights wide enough that no two logits are close."""
+    name, options = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "inv_freq" in key:
+                continue
+            if tensor.dim() > 1:
+                tensor.normal_(0, 0.15, generator=generator)
+            elif "norm" in key:
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            else:
+                tensor.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def save(family: str, directory: Path, seed: int = 0) -> Any:
+    """Writes a checkpoint with save_pretrained; returns the model."""
+    model = build(family, seed)
+    model.save_pretrained(directory)
+    return model
+
+
+def edit(directory: Path, change: dict[str, torch.Tensor | None]) -> None:
+    """Rewrites the single shard with tensors replaced, added or (None) removed."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path) | {name: t for name, t in change.items() if t is not None}
+    save_file({n: t for n, t in tensors.items() if n not in change or change[n] is not None}, path, {"format": "pt"})
+
+
+def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
+    """transformers' own greedy continuation."""
+    with torch.no_grad():
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    found: list[int] = out[0].tolist()[len(prompt) :]
+    return found
