@@ -6,6 +6,10 @@ same token can get other bits when it is alone than when it is one of eight. Mea
 Padding the rows to a multiple of four costs at most three rows and makes a row's result a function of that row alone;
 oneDNN's bfloat16 product needs no padding. What was tried and rejected: MKL_CBWR=...,STRICT fixes the thread count's
 share but not the row count's, and has to be set before torch is imported.
+
+Elementwise functions have the same fault on a smaller scale: torch's vectorised float32 exp, sin and their kin differ
+in the last bit from the scalar code that finishes a tensor's (or a thread's) last few elements. Where a row's length is
+not a matter of the row alone, they are computed in float64 and rounded.
 """
 
 import torch

@@ -3,7 +3,7 @@
     with Ranks(4) as ranks:
         results = ranks.run(fn, *arguments)        # fn(group, *arguments) on every rank; fn is importable by name
 
-Processes stay up between calls, because starting one costs seconds. An exception comes back with the rank that raised it.
+Processes stay up between calls, because starting one costs seconds. An exception comes back with its rank.
 """
 
 import multiprocessing as mp
@@ -74,14 +74,6 @@ class Ranks:
             pipe.send((fn, arguments))
         return self._collect(TIMEOUT_S * 2)
 
-    def start(self, fn: Callable[..., Any], *arguments: Any) -> None:
-        """The same without waiting; `finish` collects."""
-        for pipe in self.pipes:
-            pipe.send((fn, arguments))
-
-    def finish(self) -> list[Any]:
-        return self._collect(TIMEOUT_S * 2)
-
     def _collect(self, timeout_s: float) -> list[Any]:
         results: list[Any] = []
         kinds: dict[int, str] = {}
@@ -100,9 +92,6 @@ class Ranks:
         if kinds:
             raise RankError(kinds, "\n".join(texts))
         return results
-
-    def kill(self, rank: int) -> None:
-        self.processes[rank].kill()
 
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):

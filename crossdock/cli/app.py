@@ -88,7 +88,7 @@ def _fail(error: Exception, invocation: Invocation, rank_side: RankSide | None) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return _leave(1)
     if type(error).__name__ == "NoArgsIsHelpError":  # a bare `crossdock` or `crossdock bench`: its message is the help
-        print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+        print(error.format_message(), end="", file=sys.stderr)  # type: ignore[attr-defined]
         return 2
     if isinstance(error, typer.Abort):
         return _leave(130)

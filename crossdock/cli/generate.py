@@ -34,7 +34,10 @@ def generate(
     prompt_ids: Annotated[
         list[str] | None, typer.Option(help="Token ids to continue, 5,17,9 (repeatable).", metavar="IDS")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens to generate per prompt; 64 by default, where the context has room."),
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Start this many ranks on this machine and spread the experts over them.")
     ] = None,
@@ -60,7 +63,7 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     with join_ranks(device, transport, timeout) as runtime:
-        loaded, result = _run(request, runtime, dtype, sampling, max_new_tokens, speculate, as_json)
+        loaded, result = _run(request, runtime, dtype, sampling, speculate, as_json)
         answer = _answer(request, runtime, loaded, result)
         if runtime.group.rank == 0 and as_json:
             print(json.dumps(answer), flush=True)
@@ -76,7 +79,6 @@ def _run(
     runtime: "Runtime",
     dtype: Dtype | None,
     sampling: "Sampling",
-    max_new_tokens: int,
     speculate: bool,
     quiet: bool,
 ) -> tuple["Loaded", "Generation"]:
@@ -98,7 +100,7 @@ def _run(
         model,
         request.prompts,
         runtime.transport,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=request.max_new_tokens,
         sampling=sampling,
         stop_ids=loaded.stop_ids,
         speculate=speculate,

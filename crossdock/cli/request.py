@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from crossdock.errors import CheckpointError, ConfigError
 
+DEFAULT_NEW_TOKENS = 64
 EXAMPLE_PROMPT = "def binary_search(items, target):\n"
 
 
@@ -25,6 +26,7 @@ class Request:
     config: dict[str, Any]
     tokenizer: Tokenizer | None
     prompts: list[list[int]]
+    max_new_tokens: int
 
     def text(self, token_ids: list[int]) -> str | None:
         """The text of token ids, None without a tokenizer."""
@@ -37,7 +39,7 @@ def example_directory() -> Path:
 
 
 def read_request(
-    checkpoint: Path | None, texts: list[str], id_lists: list[str], max_new_tokens: int, speculate: bool
+    checkpoint: Path | None, texts: list[str], id_lists: list[str], max_new_tokens: int | None, speculate: bool
 ) -> Request:
     """Finds the checkpoint (the bundled one by default) and turns prompts into ids: texts first, then `--prompt-ids`.
 
@@ -53,14 +55,15 @@ def read_request(
         texts = [EXAMPLE_PROMPT]
     tokenizer = _tokenizer(directory, needed=bool(texts))
     prompts = [tokenizer.encode(text).ids for text in texts] if tokenizer else []
-    request = Request(directory, config, tokenizer, prompts + prompts_given)
-    _check_prompts(request, max_new_tokens)
+    prompts += prompts_given
+    _check_ids(prompts, config.get("vocab_size"))
+    new_tokens = _new_tokens(prompts, config.get("max_position_embeddings"), max_new_tokens)
     if speculate and not config.get("num_nextn_predict_layers"):
         raise ConfigError(
             f"--speculate needs a model with an MTP layer; {directory}/config.json names none "
             f"(num_nextn_predict_layers is {config.get('num_nextn_predict_layers')})"
         )
-    return request
+    return Request(directory, config, tokenizer, prompts, new_tokens)
 
 
 def parse_ids(text: str) -> list[int]:
@@ -104,17 +107,28 @@ def _tokenizer(directory: Path, *, needed: bool) -> Tokenizer | None:
         raise CheckpointError(f"{path} is no tokenizer that can be read: {error}") from None
 
 
-def _check_prompts(request: Request, max_new_tokens: int) -> None:
-    vocabulary, context = request.config.get("vocab_size"), request.config.get("max_position_embeddings")
-    for number, ids in enumerate(request.prompts):
+def _check_ids(prompts: list[list[int]], vocabulary: int | None) -> None:
+    for number, ids in enumerate(prompts):
         if not ids:
             raise ConfigError(f"prompt {number} is empty: a prompt needs at least one token")
         outside = [i for i in ids if i < 0 or (isinstance(vocabulary, int) and i >= vocabulary)]
         if outside:
-            expected = "at least 0" if vocabulary is None else f"in 0..{vocabulary - 1}"
+            expected = f"in 0..{vocabulary - 1}" if isinstance(vocabulary, int) else "at least 0"
             raise ConfigError(f"prompt {number}: token id {outside[0]} is outside the vocabulary, expected {expected}")
-        if isinstance(context, int) and len(ids) + max_new_tokens > context:
-            raise ConfigError(
-                f"prompt {number} has {len(ids)} tokens and {max_new_tokens} new ones were asked for, "
-                f"together more than the model's context of {context} (max_position_embeddings)"
-            )
+
+
+def _new_tokens(prompts: list[list[int]], context: int | None, wanted: int | None) -> int:
+    """Tokens to generate: what was asked for, which must fit into the context, or the default as far as it fits."""
+    number, longest = max(enumerate(map(len, prompts)), key=lambda item: item[1])
+    room = context - longest if isinstance(context, int) else DEFAULT_NEW_TOKENS
+    if room < 1:
+        raise ConfigError(
+            f"prompt {number} has {longest} tokens, which leaves no room in the model's context of {context} "
+            "(max_position_embeddings)"
+        )
+    if wanted is not None and isinstance(context, int) and wanted > room:
+        raise ConfigError(
+            f"prompt {number} has {longest} tokens and {wanted} new ones were asked for, "
+            f"together more than the model's context of {context} (max_position_embeddings)"
+        )
+    return wanted or min(DEFAULT_NEW_TOKENS, room)

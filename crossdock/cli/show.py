@@ -73,7 +73,7 @@ def show_generation(answer: dict[str, Any], why: dict[str, str]) -> None:
     if drafted:
         rate = accepted / drafted
         table.add_row("speculation", f"{accepted} of {drafted} drafted tokens accepted ({rate:.0%})")
-    table.add_row("logits sha256", answer["logits_digest"])
+    table.add_row("logits sha256", f"{answer['logits_digest'][:16]}… [dim](whole with --json)[/dim]")
     load = answer["expert_load"]
     table.add_row("expert load", f"balancedness {load['balancedness']:.3f} [dim](mean / busiest rank)[/dim]")
     largest = max(load["per_rank"]) or 1

@@ -33,8 +33,8 @@ def grouped_gemm(rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor, backend: 
     ends_L       [L] int32: the row after each group's last; never decreases, and the last is R
 
     Sums are in float32 (float64 for fp64). A row's bits do not depend on the other rows: on the triton backend in every
-    dtype, on the torch backend in float32 on a CPU. The triton backend never waits for the device, but for its gradient
-    with respect to the weights. Raises ConfigError where ranks, shapes, dtypes or devices do not fit one another, where
+    dtype, on the torch backend in float32 on a CPU. The triton backend never waits for the device, forward or backward.
+    Raises ConfigError where ranks, shapes, dtypes or devices do not fit one another, where
     `ends_L` on a CPU breaks its rule (on a GPU it is not read), or for a backend that cannot run here.
     """
     check_groups(rows_RK, weights_LNK, ends_L, "rows_RK", "weights_LNK")
@@ -89,8 +89,9 @@ def grouped_gemm_fp8(
     ends_L      [L] int32, as in `grouped_gemm`
     out_dtype   bf16, fp16 or fp32
 
-    N and K need not be multiples of 128. Each block of 128 along K is summed on its own, scaled, and added up in
-    float32 (DeepSeek-V3 technical report, section 3.3.2). Raises ConfigError as `grouped_gemm` does.
+    N and K need not be multiples of 128, but on a GPU a K that is no multiple of 16 is read byte by byte, slowly. Each
+    block of 128 along K is summed on its own, scaled, and added up in float32 (DeepSeek-V3 technical report, section
+    3.3.2). Raises ConfigError as `grouped_gemm` does.
     """
     check_groups(q_RK, wq_LNK, ends_L, "q_RK", "wq_LNK")
     groups, columns, inner = wq_LNK.shape

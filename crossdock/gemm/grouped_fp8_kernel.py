@@ -148,8 +148,8 @@ def grouped_gemm_fp8_triton(
 def _audit(rows: int, columns: int, inner: int) -> KernelSpec:
     config: dict[str, Any] = tile_config(rows, groups=32)
     warps, stages = config.pop("num_warps"), config.pop("num_stages")
-    constexprs = config | {"ALIGNED": True, "EVEN_N": columns % BLOCK == 0, "EVEN_K": inner % BLOCK == 0}
-    constexprs |= {"L_POW2": 32, "GROUP_M": GROUP_M, "BLOCK": BLOCK}
+    flags = {"ALIGNED": True, "EVEN_N": columns % BLOCK == 0, "EVEN_K": inner % BLOCK == 0}
+    constexprs = flags | {"L_POW2": 32, "GROUP_M": GROUP_M} | config | {"BLOCK": BLOCK}
     pointers = {"rows_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "weights_ptr": "*fp8e4nv", "wscale_ptr": "*fp32"}
     return KernelSpec(
         name="grouped_gemm_fp8",

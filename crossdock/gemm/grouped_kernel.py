@@ -149,8 +149,9 @@ def is_aligned(tensor: Tensor, *strides: int) -> bool:
 def _audit(dtype: torch.dtype, rows: int, columns: int, inner: int, k_major: bool = True) -> KernelSpec:
     config: dict[str, Any] = tile_config(dtype, rows, groups=32)
     warps, stages = config.pop("num_warps"), config.pop("num_stages")
-    constexprs = config | {"K_MAJOR": k_major, "ALIGNED": True, "WIDEN": False, "L_POW2": 32, "GROUP_M": GROUP_M}
-    constexprs |= {"EVEN_N": columns % config["BLOCK_N"] == 0, "EVEN_K": inner % config["BLOCK_K"] == 0}
+    even = {"EVEN_N": columns % config["BLOCK_N"] == 0, "EVEN_K": inner % config["BLOCK_K"] == 0}
+    flags = {"K_MAJOR": k_major, "ALIGNED": True} | even | {"WIDEN": False, "L_POW2": 32, "GROUP_M": GROUP_M}
+    constexprs = flags | config
     element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     pointers = {"rows_ptr": element, "weights_ptr": element, "ends_ptr": "i32", "out_ptr": element}
     names = ("tiles_m", "L", "N", "K", "stride_r", "stride_l", "stride_w")

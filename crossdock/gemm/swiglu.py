@@ -23,6 +23,8 @@ from crossdock.gemm.swiglu_kernel import swiglu_quantize_ref, swiglu_quantize_tr
 def swiglu(gate_up_R2F: Tensor, backend: Backend = "auto") -> Tensor:
     """silu(gate) * up: [R, 2F] -> [R, F] in the same dtype, computed in float32; differentiable.
 
+    A row's bits do not depend on the other rows, on either backend.
+
     Takes bf16, fp16 and fp32, and fp64 (in its own precision) on the torch backend. Raises ConfigError for another
     rank or dtype, an odd number of columns, or a backend that cannot run here.
     """

@@ -16,14 +16,28 @@ from crossdock._triton import tl, triton
 from crossdock.gemm.quantize_kernel import BLOCK, STRIPS, quantize_options, quantize_rows_ref, quantize_strips
 
 COLUMNS = 1024  # of one program of the unfused kernel
+ONE_THREAD = 32768  # elements from which torch divides an elementwise operation between threads (its GRAIN_SIZE)
 
 
 def swiglu_ref(gate_up_R2F: Tensor) -> Tensor:
-    """The specification, and the torch backend: [R, 2F] -> silu(gate) * up [R, F] in the same dtype."""
+    """The specification, and the torch backend: [R, 2F] -> silu(gate) * up [R, F] in the same dtype.
+
+    On a CPU, torch computes exp of whole vectors and of what is left at the end of a row in two ways that differ in the
+    last bit, and where several threads share a tensor, their borders make such ends in the middle of rows. So many
+    rows go in portions that torch gives to one thread each, and a row's bits depend on that row only.
+    """
+    x_R2F = gate_up_R2F if gate_up_R2F.dtype == torch.float64 else gate_up_R2F.float()
+    x_R2F = x_R2F if x_R2F.stride(1) == 1 else x_R2F.contiguous()
+    rows, inner = x_R2F.shape[0], x_R2F.shape[1] // 2
+    if x_R2F.device.type != "cpu" or rows * inner < ONE_THREAD or torch.get_num_threads() == 1:
+        return _silu_times(x_R2F).to(gate_up_R2F.dtype)
+    portions = torch.split(x_R2F, max(1, (ONE_THREAD - 1) // inner))
+    return torch.cat([_silu_times(portion_R2F) for portion_R2F in portions]).to(gate_up_R2F.dtype)
+
+
+def _silu_times(gate_up_R2F: Tensor) -> Tensor:
     gate_RF, up_RF = gate_up_R2F.chunk(2, dim=-1)
-    if gate_up_R2F.dtype in (torch.float32, torch.float64):
-        return F.silu(gate_RF) * up_RF
-    return (F.silu(gate_RF.float()) * up_RF.float()).to(gate_up_R2F.dtype)
+    return F.silu(gate_RF) * up_RF
 
 
 def swiglu_quantize_ref(gate_up_R2F: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:

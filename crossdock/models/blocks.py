@@ -125,10 +125,12 @@ class Rotary(nn.Module):
 
     def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [T] -> (cos, sin), fp32 [T, 1, R / 2], to broadcast over heads."""
-        angles = (positions_T.float()[:, None] * self.frequencies)[:, None, :]
-        if self.scale == 1.0:
-            return angles.cos(), angles.sin()
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        angles = (positions_T.float()[:, None] * self.frequencies)[:, None, :].double()
+        cos, sin = (
+            angles.cos().float(),
+            angles.sin().float(),
+        )  # by float64: see crossdock.linear on rows and their company
+        return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
 
 
 def rotate_interleaved(x_THR: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -98,8 +98,8 @@ class PagedCache:
             positions.extend(new)
             rows.extend(sequence.pages[p // self.page_size] * self.page_size + p % self.page_size for p in new)
             spans.append(Span(start, len(positions), context, self._rows(sequence, context), decode))
-        as_index = {"dtype": torch.int64, "device": self.data.device}
-        return Batch(torch.tensor(positions, **as_index), torch.tensor(rows, **as_index), tuple(spans))
+        positions_T, rows_T = torch.tensor([positions, rows], dtype=torch.int64, device=self.data.device)
+        return Batch(positions_T, rows_T, tuple(spans))
 
     def _rows(self, sequence: Sequence, length: int) -> slice | Tensor:
         pages = sequence.pages[: -(-length // self.page_size)]

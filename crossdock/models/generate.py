@@ -2,8 +2,8 @@
 
 Legend: T flat tokens of a step on this rank, D hidden, V vocabulary, W ranks.
 
-One loop serves every case. A step feeds each sequence's new tokens (its prompt first, then the last token, and behind it
-the drafted one where there is a draft), samples after each, and keeps what agrees:
+One loop serves every case. A step feeds each sequence's new tokens (its prompt first, then the last token, and behind
+it the drafted one where there is a draft), samples after each, and keeps what agrees:
 
     step 0   prompt p0 p1 p2      -> t3                     draft from (p1 p2 t3, hidden of p0 p1 p2) -> d4
     step 1   t3 d4                -> t4 (= d4? then t5)     draft from (t4 t5, hidden of t3 d4)       -> d6
@@ -31,10 +31,14 @@ PAGE_SIZE = 64  # tokens a page
 
 
 class CausalModel(Protocol):
-    """What generation asks of a model; forward and draft are collectives of all ranks. `mtp` is None without one."""
+    """What generation asks of a model; forward and draft are collectives of all ranks."""
 
-    mtp: object | None
-
+    @property
+    def has_mtp(self) -> bool: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context_length(self) -> int: ...
     @property
     def cache_layers(self) -> int: ...
     @property
@@ -106,6 +110,10 @@ class _Generator:
         self.cache = PagedCache(model.cache_layers, model.cache_width, max(pages, 1), PAGE_SIZE, dtype, device)
         self.drafted = self.accepted = 0
 
+    def room(self, prompt_length: int) -> int:
+        """Tokens to generate: what was asked, as far as the context goes, the token behind its last one included."""
+        return min(self.max_new_tokens, self.model.context_length - prompt_length + 1)
+
     def step(self, on_token: Callable[[int, int], None] | None) -> None:
         """One forward of all ranks, then the draft for the next."""
         live = [a for a in self.active if not a.done]
@@ -140,7 +148,7 @@ class _Generator:
             gained += 1
             if on_token is not None:
                 on_token(a.prompt, token)
-            a.done = token in self.stop_ids or len(a.ids) - a.prompt_length >= self.max_new_tokens
+            a.done = token in self.stop_ids or len(a.ids) >= a.prompt_length + self.room(a.prompt_length)
             if a.done or token != a.draft or gained == len(logits_RV):
                 break
         if a.draft is not None:
@@ -159,7 +167,7 @@ class _Generator:
         if going:
             logits_SV = self.model.logits(drafted_TD[[span.stop - 1 for span in mtp_batch.spans]])
             for i, draft in zip(going, logits_SV.argmax(-1).tolist(), strict=True):
-                last = len(live[i].ids) - live[i].prompt_length + 1 >= self.max_new_tokens
+                last = len(live[i].ids) + 1 >= live[i].prompt_length + self.room(live[i].prompt_length)
                 live[i].draft = None if last else draft
 
     def _ids(self, pieces: list[list[int]]) -> Tensor:
@@ -178,6 +186,23 @@ def _sampled_rows(span: Span) -> range:
     return range(span.start if span.decode else span.stop - 1, span.stop)
 
 
+def _check(model: CausalModel, prompts: list[list[int]], max_new_tokens: int, speculate: bool) -> None:
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    if not prompts:
+        raise ConfigError("expected at least one prompt, found none")
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ConfigError(f"prompt {number} has no tokens")
+        if len(prompt) > model.context_length:
+            raise ConfigError(f"prompt {number} has {len(prompt)} tokens, the model's context {model.context_length}")
+        outside = next((i for i in prompt if not 0 <= i < model.vocab_size), None)
+        if outside is not None:
+            raise ConfigError(f"prompt {number} holds token id {outside}, expected 0 to {model.vocab_size - 1}")
+    if speculate and not model.has_mtp:
+        raise ConfigError("speculation was asked for, but the checkpoint has no MTP layer")
+
+
 @torch.no_grad()
 def generate(
     model: CausalModel,
@@ -194,19 +219,12 @@ def generate(
 ) -> Generation:
     """Generates after each prompt; every rank calls this with the same prompts, rank r works on prompts r, r + W, ...
 
-    `dtype` is the cache's. `on_token(prompt, token)` is called on the rank that owns the prompt. Raises ConfigError for
-    an empty prompt, for max_new_tokens below 1, and for `speculate` on a model without an MTP layer.
+    A sequence ends at a stop id, after max_new_tokens, or where the model's context does. `dtype` is the cache's.
+    `on_token(prompt, token)` is called on the rank that owns the prompt. Raises ConfigError for a prompt that is empty,
+    longer than the context or holds an id outside the vocabulary, for max_new_tokens below 1, and for `speculate` on a
+    model without an MTP layer.
     """
-    empty = [i for i, prompt in enumerate(prompts) if not prompt]
-    if empty or max_new_tokens < 1:
-        what = (
-            f"prompt {empty[0]} has no tokens"
-            if empty
-            else f"max_new_tokens must be at least 1, found {max_new_tokens}"
-        )
-        raise ConfigError(what)
-    if speculate and model.mtp is None:
-        raise ConfigError("speculation was asked for, but the model has no MTP layer")
+    _check(model, prompts, max_new_tokens, speculate)
     run = _Generator(
         model,
         prompts,

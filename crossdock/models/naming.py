@@ -12,6 +12,8 @@ fused; here gate and up stand in one weight, gate rows first:
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from crossdock.models.loader import Source, Target
 from crossdock.moe import Fp8Experts, MoELayer, SwigluMLP
 
@@ -33,7 +35,7 @@ def experts(layer: MoELayer, prefix: str) -> Iterator[Target]:
     for slot, expert in enumerate(layer.placement.experts_of_rank(rank)):
         if expert < 0:
             continue
-        parts = [
+        parts: list[tuple[str, Tensor, str, tuple[int | slice, ...]]] = [
             (name, held.gate_up.detach()[slot, rows], "gate_up_proj", (expert, rows)) for name, rows in halves.items()
         ]
         parts.append(("down_proj", held.down.detach()[slot], "down_proj", (expert,)))

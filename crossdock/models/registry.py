@@ -49,8 +49,22 @@ def load_model(
     the directory, a tensor or the model type is not what it should be, ConfigError for a config field that cannot work.
     """
     config = read_config(directory)
+    try:
+        return _load(config, Path(directory), transport, dtype, torch.device(device), progress)
+    except (TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory}/config.json: a field has a value of the wrong type: {error}") from error
+
+
+def _load(
+    config: dict[str, Any],
+    directory: Path,
+    transport: Transport,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> Loaded:
     dtype = dtype or checkpoint_dtype(config)
-    on_gpu = torch.device(device).type == "cuda"
+    on_gpu = device.type == "cuda"
     quantized = (config.get("quantization_config") or {}).get("quant_method") == "fp8"
     keep_fp8 = on_gpu and quantized and dtype != torch.float32
     quant = QuantSpec("fp8_block") if keep_fp8 else QuantSpec("none")

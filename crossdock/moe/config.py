@@ -6,6 +6,8 @@ from typing import Literal
 from crossdock.errors import ConfigError
 from crossdock.gemm import QuantSpec
 
+NOT_QUANTIZED = QuantSpec()
+
 
 @dataclass(frozen=True)
 class MoEConfig:
@@ -38,7 +40,7 @@ class MoEConfig:
     selection_bias: bool = False
     shared_size: int = 0
     shared_gate: bool = False
-    quant: QuantSpec = QuantSpec()
+    quant: QuantSpec = NOT_QUANTIZED
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "expert_size", "num_experts", "top_k", "num_groups", "top_groups"):

@@ -76,7 +76,7 @@ def make_experts(
     config: MoEConfig, num_slots: int, dtype: torch.dtype, device: torch.device, backend: Backend = "auto"
 ) -> Experts | Fp8Experts:
     """The form of experts that `config.quant` asks for."""
-    kinds = {"none": Experts, "fp8_block": Fp8Experts}
+    kinds: dict[str, type[Experts] | type[Fp8Experts]] = {"none": Experts, "fp8_block": Fp8Experts}
     if config.quant.kind not in kinds:
         raise ConfigError(f"experts can be held as {sorted(kinds)}, found quant kind {config.quant.kind!r}")
     return kinds[config.quant.kind](config, num_slots, dtype, device, backend)

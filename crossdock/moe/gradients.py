@@ -3,8 +3,8 @@
 Legend: W ranks, N values of all replicated gradients together.
 
 An expert's gradient is whole where it lives, because the backward of the exchange brings it every row. Routers, shared
-experts and whatever else a model replicates have seen this rank's tokens only. The sum is taken in rank order, each rank
-summing one share of it, so that all ranks hold the same bits.
+experts and whatever else a model replicates have seen this rank's tokens only. The sum is taken in rank order, each
+rank summing one share of it, so that all ranks hold the same bits.
 """
 
 import torch
@@ -28,7 +28,7 @@ def sum_replicated_gradients(model: nn.Module, transport: Transport) -> None:
         return
     flat_N = torch.cat([_gradient(p).reshape(-1).float() for p in replicated])
     total_N = _sum(flat_N, transport)
-    for parameter, part in zip(replicated, total_N.split([p.numel() for p in replicated]), strict=True):
+    for parameter, part in zip(replicated, torch.split(total_N, [p.numel() for p in replicated]), strict=True):
         parameter.grad = part.view(parameter.shape).to(parameter.dtype)
 
 

@@ -38,4 +38,5 @@ class GatedMLP(SwigluMLP):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        return torch.sigmoid(linear(x_TD, self.gate)) * super().forward(x_TD)
+        gate_T1 = torch.sigmoid(linear(x_TD, self.gate).double())  # by float64: see crossdock.linear
+        return gate_T1.to(x_TD.dtype) * super().forward(x_TD)

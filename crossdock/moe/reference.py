@@ -31,7 +31,9 @@ def moe_ref(
             y_D = y_D + weight * _swiglu_mlp(x_D, gate_up_E2FD[expert], down_EDF[expert])
         if shared is not None:
             shared_D = _swiglu_mlp(x_D, shared[0].double(), shared[1].double())
-            y_D = y_D + (shared_D if shared_gate_1D is None else torch.sigmoid(shared_gate_1D.double() @ x_D) * shared_D)
+            y_D = y_D + (
+                shared_D if shared_gate_1D is None else torch.sigmoid(shared_gate_1D.double() @ x_D) * shared_D
+            )
         rows.append(y_D)
     return torch.stack(rows) if rows else x_TD.double()
 

@@ -27,7 +27,7 @@ from crossdock.backend import Backend, resolve_backend
 from crossdock.linear import linear
 from crossdock.routing.checks import check_product
 
-BLOCK_T, BLOCK_E, BLOCK_D = 64, 64, 64
+BLOCK_T, BLOCK_E = 64, 64
 CHUNK = 256  # several BLOCK_D long: a product of one step could be fused with the addition of chunks in one kernel only
 SPLIT_BELOW = 96  # tiles of [T, E] from which a GPU is full without splitting D
 SUM_BLOCK = 256
@@ -41,7 +41,7 @@ def router_gemm(x_TD: Tensor, w_ED: Tensor, backend: Backend = "auto") -> Tensor
     check_product(x_TD, w_ED)
     if resolve_backend(backend, x_TD.device) == "torch":
         return router_gemm_ref(x_TD, w_ED)
-    out_TE: Tensor = _RouterGemm.apply(x_TD, w_ED)
+    out_TE: Tensor = _RouterGemm.apply(x_TD, w_ED)  # type: ignore[no-untyped-call]
     return out_TE
 
 
@@ -56,10 +56,10 @@ class _RouterGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, w_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, w_ED)
-        return launch(x_TD, w_ED)
+        return router_gemm_triton(x_TD, w_ED)
 
     @staticmethod
-    def backward(ctx: Any, grad_TE: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_TE: Tensor) -> Any:
         x_TD, w_ED = ctx.saved_tensors
         grad_x = (grad_TE @ w_ED.float()).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
         grad_w = (grad_TE.T @ x_TD.float()).to(w_ED.dtype) if ctx.needs_input_grad[1] else None
@@ -85,6 +85,8 @@ def router_gemm_kernel(
     stride_w,
     SPLIT: tl.constexpr,
     THIRDS: tl.constexpr,
+    ALIGNED: tl.constexpr,  # addresses and strides are multiples of 16 bytes
+    EVEN: tl.constexpr,  # D is a multiple of CHUNK
     WIDEN: tl.constexpr,  # the interpreter multiplies bf16's bit patterns, so it gets float32
     CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -95,20 +97,28 @@ def router_gemm_kernel(
 
     THIRDS: x is bfloat16 and w float32; otherwise both have one type, and 16-bit types' products are exact in float32.
     """
+    # Rows and columns past the end read the last one again, which costs no mask; they are never stored.
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     col = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inner = tl.arange(0, BLOCK_D)
+    x_ptrs = x + tl.minimum(row, T - 1)[:, None] * stride_x + inner[None, :]
+    w_ptrs = w + tl.minimum(col, E - 1).to(tl.int64)[None, :] * stride_w + inner[:, None]
+    if ALIGNED:
+        x_ptrs = tl.multiple_of(x_ptrs, (16, 16))
+        w_ptrs = tl.multiple_of(w_ptrs, (16, 16))
     first = tl.program_id(2)
     last = first + 1 if SPLIT else tl.cdiv(D, CHUNK)
-    inner = tl.arange(0, BLOCK_D)
-    x_rows = x + row[:, None] * stride_x
-    w_cols = w + col.to(tl.int64)[None, :] * stride_w
     total = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     for chunk in range(first, last):
         acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
         for step in range(0, CHUNK, BLOCK_D):
-            d = chunk * CHUNK + step + inner
-            a = tl.load(x_rows + d[None, :], mask=(row < T)[:, None] & (d < D)[None, :], other=0.0)
-            b = tl.load(w_cols + d[:, None], mask=(d < D)[:, None] & (col < E)[None, :], other=0.0)
+            d = chunk * CHUNK + step
+            if EVEN:
+                a = tl.load(x_ptrs + d)
+                b = tl.load(w_ptrs + d)
+            else:
+                a = tl.load(x_ptrs + d, mask=inner[None, :] < D - d, other=0.0)
+                b = tl.load(w_ptrs + d, mask=inner[:, None] < D - d, other=0.0)
             if THIRDS:
                 high = b.to(tl.bfloat16)
                 rest = b - high.to(tl.float32)
@@ -135,8 +145,8 @@ def sum_chunks_kernel(partials, out, size, S, BLOCK: tl.constexpr):
     tl.store(out + at, total, mask=at < size)
 
 
-def launch(x_TD: Tensor, w_ED: Tensor) -> Tensor:
-    """The Triton path: one launch for many rows, two for few."""
+def router_gemm_triton(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    """`router_gemm` without gradient: one launch for many rows, two for few."""
     (rows, inner), experts = x_TD.shape, w_ED.shape[0]
     thirds = x_TD.dtype == torch.bfloat16 and w_ED.dtype == torch.float32
     if x_TD.dtype != w_ED.dtype and not thirds:
@@ -161,11 +171,10 @@ def launch(x_TD: Tensor, w_ED: Tensor) -> Tensor:
         w_ED.stride(0),
         SPLIT=split,
         THIRDS=thirds,
+        ALIGNED=_is_aligned(x_TD) and _is_aligned(w_ED),
+        EVEN=inner % CHUNK == 0,
         WIDEN=interpreting() and x_TD.dtype == torch.bfloat16,
-        CHUNK=CHUNK,
-        BLOCK_T=BLOCK_T,
-        BLOCK_E=BLOCK_E,
-        BLOCK_D=BLOCK_D,
+        **_tile(wide=x_TD.dtype == torch.float32),
         num_warps=4,
         num_stages=3,
     )
@@ -174,14 +183,23 @@ def launch(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     return out_TE
 
 
+def _tile(wide: bool) -> dict[str, int]:
+    """Tile sizes, by dtype alone; float32 has no matrix unit and needs registers for both operands."""
+    return {"CHUNK": CHUNK, "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "BLOCK_D": 16 if wide else 64}
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+
+
 def _gemm_spec(x: str, w: str, split: bool) -> KernelSpec:
-    flags: dict[str, Any] = {"SPLIT": split, "THIRDS": x != w, "WIDEN": False}
-    flags |= {"CHUNK": CHUNK, "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "BLOCK_D": BLOCK_D}
+    flags: dict[str, Any] = {"SPLIT": split, "THIRDS": x != w, "ALIGNED": True, "EVEN": True, "WIDEN": False}
+    flags |= _tile(wide=x == "fp32")
     types = {"x": f"*{x}", "w": f"*{w}", "out": "*fp32"} | dict.fromkeys(("T", "E", "D", "stride_x", "stride_w"), "i32")
     return KernelSpec(
         name="router_gemm",
         kernel=router_gemm_kernel,
-        config=f"x {x}, w {w}, {'split' if split else 'whole'} D, tile {BLOCK_T}x{BLOCK_E}x{BLOCK_D}",
+        config=f"x {x}, w {w}, {'split' if split else 'whole'} D, tile {BLOCK_T}x{BLOCK_E}",
         signature=types | dict.fromkeys(flags, "constexpr"),
         constexprs=flags,
         num_warps=4,

@@ -69,7 +69,7 @@ class _Recompute(torch.autograd.Function):
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
-    def backward(ctx: Any, grad_TK: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_TK: Tensor) -> Any:
         logits_TE, ids_TK = ctx.saved_tensors
         with torch.enable_grad():
             leaf_TE = logits_TE.detach().requires_grad_()
@@ -81,5 +81,5 @@ def attach_gradient(logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor, rule:
     """`weights_TK`, with the gradient of `weights_at` where autograd wants one."""
     if not (logits_TE.requires_grad and torch.is_grad_enabled()):
         return weights_TK
-    out: Tensor = _Recompute.apply(logits_TE, weights_TK, ids_TK, rule)
+    out: Tensor = _Recompute.apply(logits_TE, weights_TK, ids_TK, rule)  # type: ignore[no-untyped-call]
     return out

@@ -78,7 +78,7 @@ def selection_keys(
 
 def limit_groups(keys_TE: Tensor, rule: Rule) -> Tensor:
     """The keys with -inf in all but each row's `top_groups` best groups, ties to the lowest group."""
-    keys_TGN = keys_TE.view(len(keys_TE), rule.num_groups, rule.num_experts // rule.num_groups)
+    keys_TGN = keys_TE.reshape(len(keys_TE), rule.num_groups, rule.num_experts // rule.num_groups)
     best_TG = keys_TGN.topk(min(2, keys_TGN.shape[2])).values.sum(dim=-1)
     rejected_TR = torch.sort(best_TG, dim=-1, descending=True, stable=True).indices[:, rule.top_groups :]
     rejected_TG = torch.zeros_like(best_TG, dtype=torch.bool).scatter_(1, rejected_TR, True)

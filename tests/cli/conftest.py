@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from crossdock.cli import main
 
@@ -39,4 +41,5 @@ def checkpoint(tmp_path: Path) -> Path:
     folder.mkdir()
     config = {"model_type": "qwen3_moe", "vocab_size": 100, "max_position_embeddings": 32}
     (folder / "config.json").write_text(json.dumps(config))
+    save_file({"unused": torch.zeros(1)}, folder / "model.safetensors")
     return folder

@@ -13,9 +13,13 @@ from crossdock.errors import CommTimeout, ConfigError, PlanMismatch, RankFailure
 from tests.launch import RankError, Ranks
 
 
-def one_exchange(transport: Transport, slots: int = 12, hidden: int = 8, dtype: torch.dtype = torch.float32, k: int = 2) -> None:
+def one_exchange(
+    transport: Transport, slots: int = 12, hidden: int = 8, dtype: torch.dtype = torch.float32, k: int = 2
+) -> None:
     dispatcher = Dispatcher(transport, slots, hidden, dtype)
-    inbound = dispatcher.dispatch(torch.ones(3, hidden, dtype=dtype), dispatcher.plan(torch.zeros(3, k, dtype=torch.int64)))
+    inbound = dispatcher.dispatch(
+        torch.ones(3, hidden, dtype=dtype), dispatcher.plan(torch.zeros(3, k, dtype=torch.int64))
+    )
     dispatcher.combine(inbound.rows_RD, torch.ones(3, k), inbound)
 
 
@@ -74,7 +78,7 @@ def test_rows_of_another_form_are_refused() -> None:
 
 def test_transports_are_chosen_by_name() -> None:
     assert make_transport(EPGroup.solo()).name == "local"
-    with pytest.raises(ConfigError, match="transport must be 'auto' or one of .*, found 'rdma'"):
+    with pytest.raises(ConfigError, match=r"transport must be 'auto' or one of .*, found 'rdma'"):
         make_transport(EPGroup.solo(), "rdma")
     with pytest.raises(ConfigError, match="needs a process group"):
         TorchTransport(EPGroup.solo())

@@ -44,7 +44,7 @@ def assert_close_to_float64(out_RN: Tensor, rows_RK: Tensor, weights_LNK: Tensor
     for w_NK, end in zip(weights_LNK.double(), ends_L.tolist(), strict=True):
         x_RK, seen = rows_RK[start:end].double(), out_RN[start:end].double()
         expected, size = x_RK @ w_NK.t(), x_RK.abs() @ w_NK.abs().t()
-        bound = size * 2.0**-21 + expected.abs() * ROUNDING[out_RN.dtype] + 1e-6 * (out_RN.dtype == torch.float16)
+        bound = size * 2.0**-20 + expected.abs() * ROUNDING[out_RN.dtype] + 1e-6 * (out_RN.dtype == torch.float16)
         assert ((seen - expected).abs() <= bound).all()  # NaN fails it too
         start = end
 
@@ -69,7 +69,7 @@ def test_against_float64(
     columns=st.integers(1, 140),
     inner=st.integers(1, 70),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_sizes(counts: list[int], columns: int, inner: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for dtype in (torch.float32, torch.bfloat16):
@@ -141,20 +141,22 @@ def test_gradients_in_float64() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("counts", [[3, 0, 70, 1], [0, 0]])
+@pytest.mark.parametrize(("counts", "columns", "inner"), [([3, 0, 70, 1], 33, 40), ([0, 0], 8, 8), ([65], 130, 200)])
 @pytest.mark.usefixtures("poison")
-def test_gradients_against_float64(backend: str, dtype: torch.dtype, counts: list[int], device: torch.device) -> None:
-    rows_RK, weights_LNK, ends_L = case(counts, 33, 40, dtype, device)
+def test_gradients_against_float64(
+    backend: str, dtype: torch.dtype, counts: list[int], columns: int, inner: int, device: torch.device
+) -> None:
+    rows_RK, weights_LNK, ends_L = case(counts, columns, inner, dtype, device)
     rows_RK.requires_grad_()
     weights_LNK.requires_grad_()
-    dout_RN = torch.randn(len(rows_RK), 33, device=device).to(dtype)
+    dout_RN = torch.randn(len(rows_RK), columns, device=device).to(dtype)
     grouped_gemm(rows_RK, weights_LNK, ends_L, backend=backend).backward(dout_RN)
     assert rows_RK.grad is not None and weights_LNK.grad is not None
     with torch.no_grad():
         assert_close_to_float64(rows_RK.grad, dout_RN, weights_LNK.transpose(1, 2), ends_L)
         start = 0
         for dw_NK, end in zip(weights_LNK.grad, ends_L.tolist(), strict=True):
-            group_L = torch.tensor([33], dtype=torch.int32)
+            group_L = torch.tensor([columns], dtype=torch.int32)
             x_1KR = rows_RK[start:end].t()[None]
             assert_close_to_float64(dw_NK, dout_RN[start:end].t(), x_1KR, group_L)
             start = end

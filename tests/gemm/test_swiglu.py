@@ -65,7 +65,7 @@ def test_quantized_from_the_unrounded_product(backend: str, device: torch.device
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_and_empty(backend: str, device: torch.device) -> None:
-    wide = torch.randn(260, 12, device=device)
+    wide = torch.randn(60, 12, device=device)
     for view in (wide[:, :8], wide.t(), wide[:0]):
         assert torch.equal(swiglu(view, backend=backend), swiglu(view.contiguous(), backend=backend))
         q_RF, _ = swiglu_quantize(view, backend=backend)
@@ -81,6 +81,22 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
     q_RF, _ = swiglu_quantize(x_R2F, backend="triton")
     expected, _ = swiglu_quantize(x_R2F.contiguous(), backend="triton")
     assert torch.equal(q_RF.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_torch_rows_do_not_depend_on_their_company(dtype: torch.dtype, threads: int) -> None:
+    """On a CPU, with sizes where threads would divide a row between them and rows end in half a vector."""
+    x_R2F = torch.randn(701, 200).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole_RF = swiglu(x_R2F, backend="torch")
+        transposed_RF = swiglu(x_R2F.t().contiguous().t(), backend="torch")
+        alone_RF = torch.cat([swiglu(row[None], backend="torch") for row in x_R2F])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(whole_RF, alone_RF) and torch.equal(transposed_RF, alone_RF)
 
 
 def test_gradient_in_float64() -> None:

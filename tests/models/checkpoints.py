@@ -1,4 +1,4 @@
-"""Random-weight checkpoints written by transformers, small enough to make in a test and odd enough to catch mistakes."""
+"""Random-weight checkpoints written by transformers, small enough for a test and odd enough to catch mistakes."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 DEEPSEEK: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 40, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 1, "kv_lora_rank": 16,
-    "q_lora_rank": 24, "qk_rope_head_dim": 8, "v_head_dim": 12, "qk_nope_head_dim": 16, "n_group": 4, "topk_group": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 1,
+    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "v_head_dim": 12, "qk_nope_head_dim": 16, "n_group": 4, "topk_group": 2,
     "num_experts_per_tok": 3, "first_k_dense_replace": 1, "max_position_embeddings": 256, "eos_token_id": None,
     "bos_token_id": None,
 }  # fmt: skip
@@ -64,9 +64,38 @@ def edit(directory: Path, change: dict[str, torch.Tensor | None]) -> None:
     save_file({n: t for n, t in tensors.items() if n not in change or change[n] is not None}, path, {"format": "pt"})
 
 
+def add_mtp(directory: Path, predictable: float) -> None:
+    """Gives a deepseek_v3 checkpoint an MTP layer, and a next token that depends on the last one but for a remainder.
+
+    At 1.0 every token's successor is fixed and the MTP layer knows it; at 0.0 drafts are noise.
+    """
+    tensors = load_file(directory / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    vocab, size = tensors["model.embed_tokens.weight"].shape
+    last = DEEPSEEK["num_hidden_layers"]
+    for name in [n for n in tensors if n.startswith(f"model.layers.{last - 1}.")]:
+        copy = tensors[name].roll(1, 0) if tensors[name].dim() > 1 else tensors[name].clone()
+        tensors[name.replace(f"layers.{last - 1}.", f"layers.{last}.")] = copy
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"model.layers.{last}.{name}.weight"] = torch.ones(size)
+    near, noise = torch.eye(size), torch.randn(size, 2 * size, generator=generator) * 0.1
+    tensors[f"model.layers.{last}.eh_proj.weight"] = (
+        predictable * torch.cat((near, 0 * near), 1) + (1 - predictable) * noise
+    )
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor *= 1.0 - predictable
+    embedding = torch.nn.functional.normalize(torch.randn(vocab, size, generator=generator), dim=-1)
+    tensors["model.embed_tokens.weight"] = embedding
+    tensors["lm_head.weight"] = embedding[torch.randperm(vocab, generator=generator)].clone()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
 def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
     """transformers' own greedy continuation."""
     with torch.no_grad():
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
     found: list[int] = out[0].tolist()[len(prompt) :]
     return found

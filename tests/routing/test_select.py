@@ -16,10 +16,27 @@ from crossdock.routing import Routing, select_experts, select_experts_ref
 
 NAN, INF = math.nan, math.inf
 Select = Callable[..., Routing]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def select_on_device(logits_TE: Tensor, **options: Any) -> Routing:
+    """The kernel's routing of CPU tensors, back on the CPU."""
+    moved = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in options.items()}
+    if "placement_tables" in options:
+        moved["placement_tables"] = tuple(table.to(DEVICE) for table in options["placement_tables"])
+    routing = select_experts(logits_TE.to(DEVICE), backend="triton", **moved)
+    if "load_E" in options:
+        options["load_E"].copy_(moved["load_E"])
+    slots_TK = routing.slot_ids_TK
+    return Routing(
+        routing.expert_ids_TK.cpu(), routing.weights_TK.cpu(), slots_TK.cpu() if slots_TK is not None else None
+    )
+
+
 IMPLEMENTATIONS: dict[str, Select] = {
     "ref": select_experts_ref,
     "torch": lambda *args, **options: select_experts(*args, backend="torch", **options),
-    "triton": lambda *args, **options: select_experts(*args, backend="triton", **options),
+    "triton": select_on_device,
 }
 SCORES = ["sigmoid", "softmax", "sqrtsoftplus"]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter divides and overflows aloud
@@ -202,11 +219,11 @@ def test_loads_are_added(select: Select) -> None:
 
 def test_rows_do_not_depend_on_their_company(select: Select) -> None:
     generator = torch.Generator().manual_seed(5)
-    logits_TE, bias_E = torch.randn(23, 20, generator=generator), torch.randn(20, generator=generator) / 9
+    logits_TE, bias_E = torch.randn(11, 20, generator=generator), torch.randn(20, generator=generator) / 9
     for score in SCORES:
         options: dict[str, Any] = {"top_k": 6, "score": score, "bias_E": bias_E, "num_groups": 5, "top_groups": 3}
         whole = select(logits_TE, **options)
-        for rows in (slice(0, 1), slice(7, 8), slice(3, 20)):
+        for rows in (slice(0, 1), slice(7, 8), slice(3, 10)):
             part = select(logits_TE[rows], **options)
             assert torch.equal(part.expert_ids_TK, whole.expert_ids_TK[rows])
             assert torch.equal(part.weights_TK, whole.weights_TK[rows])
@@ -215,13 +232,13 @@ def test_rows_do_not_depend_on_their_company(select: Select) -> None:
 def test_strided_logits(select: Select) -> None:
     wide = torch.randn(4, 24, generator=torch.Generator().manual_seed(6))
     check(select, wide[:, ::2], top_k=3)
-    check(select, wide.T, top_k=3, score="softmax")
+    check(select, wide.T, top_k=2, score="softmax", num_groups=2, top_groups=1)
 
 
 VALUES = st.sampled_from([NAN, -INF, INF, 0.0, -0.0, 0.5, 0.5, -2.0, 3.0, 40.0, 50.0, -200.0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     row=st.lists(VALUES, min_size=12, max_size=12),
     bias=st.none() | st.lists(st.sampled_from([0.0, 0.25, -1.0, -INF]), min_size=12, max_size=12),

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crossdock.cli.bench.report import AsJson, Device, Plot, check_plot, deliver
+from crossdock.cli.bench.report import AsJson, Device, Plot, check_plot, deliver, progress
 from crossdock.cli.launch import rank_command, run_ranks, under_launcher
 
 EXPERTS, TOP_K = 64, 8
@@ -35,7 +35,7 @@ def exchange(
     from crossdock.cli.runtime import join_ranks
 
     with join_ranks(device, "auto", timeout) as runtime:
-        cases = [_case(runtime, *case) for case in CASES]
+        cases = [_case(runtime, *case) for case in progress(CASES, "exchange")]
         nodes = runtime.group.topology.num_nodes
         if runtime.group.rank == 0:
             result = {"world": f"{nodes}x{runtime.group.world_size // nodes}", "transport": runtime.transport.name}

@@ -5,7 +5,7 @@ Legend: R rows, L groups, N output columns, K inner size.
 
 from typing import Any
 
-from crossdock.cli.bench.report import AsJson, Device, DtypeOption, Plot, check_plot, choose, deliver
+from crossdock.cli.bench.report import AsJson, Device, DtypeOption, Plot, check_plot, choose, deliver, progress
 
 CPU_SHAPE, GPU_SHAPE = (32, 768, 1024), (64, 4096, 7168)  # L, N, K
 ROWS = (8, 64, 512, 4096)
@@ -26,7 +26,7 @@ def gemm(device: Device = None, dtype: DtypeOption = None, plot: Plot = None, as
     groups, columns, inner = GPU_SHAPE if chosen.type == "cuda" else CPU_SHAPE
     weights_LNK = torch.randn(groups, columns, inner, device=chosen).div_(inner**0.5).to(compute)
     with torch.no_grad():
-        cases = [_case(rows, weights_LNK, ceilings) for rows in ROWS]
+        cases = [_case(rows, weights_LNK, ceilings) for rows in progress(ROWS, "grouped product")]
     deliver({"ceilings": asdict(ceilings), "cases": cases}, "grouped product", as_json, plot)
 
 

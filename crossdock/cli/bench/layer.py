@@ -9,7 +9,7 @@ Legend: T tokens, D hidden.
 from collections.abc import Callable
 from typing import Any
 
-from crossdock.cli.bench.report import AsJson, Device, DtypeOption, Plot, check_plot, choose, deliver
+from crossdock.cli.bench.report import AsJson, Device, DtypeOption, Plot, check_plot, choose, deliver, progress
 
 CASES = {"decode1": 1, "decode8": 8, "prefill2048": 2048}
 CPU_SHAPE = {"hidden_size": 1024, "expert_size": 384, "num_experts": 64, "top_k": 8}
@@ -32,7 +32,7 @@ def layer(device: Device = None, dtype: DtypeOption = None, plot: Plot = None, a
         x_TD = torch.randn(8, shape["hidden_size"], device=chosen).to(compute)
         launches = count_launches(lambda: ours(x_TD), chosen)
         cases = []
-        for case, tokens in CASES.items():
+        for case, tokens in progress(CASES.items(), "MoE layer"):
             x_TD = torch.randn(tokens, shape["hidden_size"], device=chosen).to(compute)
             took = compare({"crossdock": _call(ours, x_TD)} | {n: _call(p, x_TD) for n, p in peers.items()}, chosen)
             cases.append(_row(case, tokens, took, str(chosen)) | {"difference": _difference(ours, peers, x_TD)})

@@ -2,13 +2,16 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from crossdock.errors import ConfigError
+
+T = TypeVar("T")
 
 
 class Dtype(str, Enum):
@@ -49,6 +52,15 @@ def check_plot(path: Path | None) -> None:
         raise ConfigError(f"--plot {path}: there is no folder {path.absolute().parent}")
 
 
+def progress(cases: Iterable[T], what: str) -> Iterable[T]:
+    """The cases, with a bar on stderr while they are measured, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(list(cases), what, console=console, transient=True, disable=not console.is_terminal)
+
+
 def deliver(result: dict[str, Any], title: str, as_json: bool, plot: Path | None) -> None:
     """Prints the result of one benchmark and draws it where asked."""
     if plot is not None:
@@ -70,7 +82,7 @@ def _show(result: dict[str, Any], title: str) -> None:
     for name, value in result.items():
         if name != "cases":
             console.print(f"{name.replace('_', ' ')}: {_text(value)}", highlight=False)
-    columns = list(dict.fromkeys(key for case in result["cases"] for key in case))
+    columns = list(dict.fromkeys(key for case in result["cases"] for key, value in case.items() if value is not None))
     table = Table(*(name.replace("_", " ") for name in columns), title=title)
     for case in result["cases"]:
         table.add_row(*(_text(case.get(name)) for name in columns))

@@ -5,7 +5,7 @@ Legend: T tokens, D hidden, E experts, K experts per token.
 
 from typing import Any
 
-from crossdock.cli.bench.report import AsJson, Device, DtypeOption, Plot, check_plot, choose, deliver
+from crossdock.cli.bench.report import AsJson, Device, DtypeOption, Plot, check_plot, choose, deliver, progress
 
 HIDDEN, EXPERTS, TOP_K = 7168, 256, 8  # DeepSeek-V3
 TOKENS = (1, 8, 64, 512, 4096)
@@ -25,7 +25,7 @@ def router(device: Device = None, dtype: DtypeOption = None, plot: Plot = None, 
     torch.manual_seed(0)
     weight_ED = torch.randn(EXPERTS, HIDDEN, device=chosen).div(HIDDEN**0.5).to(compute)
     with torch.no_grad():
-        cases = [_case(tokens, weight_ED, ceilings) for tokens in TOKENS]
+        cases = [_case(tokens, weight_ED, ceilings) for tokens in progress(TOKENS, "router")]
     deliver({"ceilings": asdict(ceilings), "cases": cases}, "router", as_json, plot)
 
 

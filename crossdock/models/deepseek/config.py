@@ -8,6 +8,9 @@ from crossdock.gemm import QuantSpec
 from crossdock.models.blocks import RopeConfig
 from crossdock.moe import MoEConfig
 
+PLAIN_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class DeepSeekConfig:
@@ -26,6 +29,7 @@ class DeepSeekConfig:
     first_k_dense_replace: int
     num_nextn_predict_layers: int
     rms_norm_eps: float
+    max_position_embeddings: int
     attention_bias: bool
     rope_interleave: bool
     rope: RopeConfig
@@ -55,14 +59,13 @@ class DeepSeekConfig:
                 shared_size=config["moe_intermediate_size"] * (config.get("n_shared_experts") or 0),
                 quant=quant or QuantSpec(),
             )
-            names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-            names += ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
             return cls(
-                **{name: config[name] for name in names},
+                **{name: config[name] for name in PLAIN_FIELDS},
                 q_lora_rank=config.get("q_lora_rank"),
                 first_k_dense_replace=config.get("first_k_dense_replace") or 0,
                 num_nextn_predict_layers=config.get("num_nextn_predict_layers", config.get("num_mtp_layers")) or 0,
                 rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+                max_position_embeddings=int(config["max_position_embeddings"]),
                 attention_bias=bool(config.get("attention_bias", False)),
                 rope_interleave=config.get("rope_interleave", True) is not False,
                 rope=RopeConfig.from_hf(config, config["qk_rope_head_dim"]),

@@ -57,13 +57,15 @@ class MLA(nn.Module):
         q_THQ = self._queries(x_TD, rope)
         latent_TC = self._latents(x_TD, rope)
         if cache is None:
-            return self.o_proj(self._whole(q_THQ, latent_TC, len(batch.spans)))
+            y_TD: Tensor = self.o_proj(self._whole(q_THQ, latent_TC, len(batch.spans)))
+            return y_TD
         cache.write(self.layer, batch.rows_T, latent_TC)
         out_THV = q_THQ.new_empty(len(x_TD), self.heads * self.value)
         for span in batch.spans:
             attend = self._absorbed if span.decode else self._plain
             out_THV[span.start : span.stop] = attend(q_THQ, cache.read(self.layer, span.rows), span)
-        return self.o_proj(out_THV)
+        y_TD = self.o_proj(out_THV)
+        return y_TD
 
     def _queries(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         if self.q_proj is not None:
@@ -87,7 +89,7 @@ class MLA(nn.Module):
         return torch.cat((k_nope, k_rope), dim=-1), v_JHV
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, H, tokens, width] each -> [B, H, tokens, V]; values padded to the key width, as the fused kernel wants."""
+        """[B, H, tokens, width] each -> [B, H, tokens, V]; values padded to the key width for the fused kernel."""
         width = self.nope + self.rope
         v = F.pad(v, (0, width - self.value)) if self.value < width else v
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
@@ -95,7 +97,7 @@ class MLA(nn.Module):
 
     def _whole(self, q_THQ: Tensor, latent_TC: Tensor, sequences: int) -> Tensor:
         k_THQ, v_THV = self._expand(latent_TC)
-        q, k, v = (t.unflatten(0, (sequences, -1)).transpose(1, 2) for t in (q_THQ, k_THQ, v_THV))
+        q, k, v = (t.view(sequences, -1, *t.shape[1:]).transpose(1, 2) for t in (q_THQ, k_THQ, v_THV))
         return self._attend(q, k, v, None).transpose(1, 2).reshape(len(q_THQ), self.heads * self.value)
 
     def _plain(self, q_THQ: Tensor, latent_JC: Tensor, span: Span) -> Tensor:
@@ -112,7 +114,7 @@ class MLA(nn.Module):
         out = []
         for token in range(span.start, span.stop):
             context = span.context - (span.stop - 1 - token)
-            q_nope, q_rope = q_THQ[token].split((self.nope, self.rope), dim=-1)
+            q_nope, q_rope = torch.split(q_THQ[token], [self.nope, self.rope], dim=-1)
             q_latent = torch.bmm(q_nope[:, None], w_HXC[:, : self.nope])[:, 0]
             scores_HJ = linear(torch.cat((q_latent, q_rope), dim=-1), latent_JC[:context]) * self.scale
             probs_HJ = scores_HJ.softmax(-1, dtype=torch.float32).to(q_THQ.dtype)

@@ -34,7 +34,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: PagedCache | None) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, batch, cache)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return x_TD
 
 
 class MTPLayer(nn.Module):
@@ -63,8 +64,9 @@ class MTPLayer(nn.Module):
         cache: PagedCache | None,
     ) -> Tensor:
         """Embeddings of the next tokens and hidden states [T, D] -> hidden states that the output head reads."""
-        x_TD = self.eh_proj(torch.cat((self.enorm(next_TD), self.hnorm(hidden_TD)), dim=-1))
-        return self.norm(self.block(x_TD, rope, batch, cache))
+        x_TD: Tensor = self.eh_proj(torch.cat((self.enorm(next_TD), self.hnorm(hidden_TD)), dim=-1))
+        x_TD = self.norm(self.block(x_TD, rope, batch, cache))
+        return x_TD
 
 
 class DeepSeekModel(nn.Module):
@@ -96,6 +98,21 @@ class DeepSeekModel(nn.Module):
             self.mtp = MTPLayer(config, config.num_hidden_layers, transport, dtype, device)
 
     @property
+    def has_mtp(self) -> bool:
+        """Whether `draft` can be called."""
+        return self.mtp is not None
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.config.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a sequence [max_position_embeddings]."""
+        return self.config.max_position_embeddings
+
+    @property
     def cache_layers(self) -> int:
         """Layers that keep rows in the cache, the MTP layer included."""
         return len(self.layers) + (self.mtp is not None)
@@ -108,17 +125,20 @@ class DeepSeekModel(nn.Module):
     def forward(self, ids_T: Tensor, batch: Batch, cache: PagedCache | None) -> Tensor:
         """int64 [T] -> hidden states [T, D] after the final norm."""
         rope = self.rotary(batch.positions_T)
-        x_TD = F.embedding(ids_T, self.embed_tokens)
+        x_TD: Tensor = F.embedding(ids_T, self.embed_tokens)
         for layer in self.layers:
             x_TD = layer(x_TD, rope, batch, cache)
-        return self.norm(x_TD)
+        x_TD = self.norm(x_TD)
+        return x_TD
 
     def draft(self, next_ids_T: Tensor, hidden_TD: Tensor, batch: Batch, cache: PagedCache | None) -> Tensor:
         """The MTP layer's hidden states [T, D], from the next tokens' ids and the main model's hidden states."""
         assert self.mtp is not None, "the model has no MTP layer"
         rope = self.rotary(batch.positions_T)
-        return self.mtp(F.embedding(next_ids_T, self.embed_tokens), hidden_TD, rope, batch, cache)
+        drafted_TD: Tensor = self.mtp(F.embedding(next_ids_T, self.embed_tokens), hidden_TD, rope, batch, cache)
+        return drafted_TD
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, D] -> fp32 [T, V]."""
-        return self.lm_head(hidden_TD).float()
+        logits_TV: Tensor = self.lm_head(hidden_TD)
+        return logits_TV.float()

@@ -1,4 +1,4 @@
-"""Where each parameter of a DeepSeek-V3 model stands in a Hugging Face checkpoint: the one table for reading and writing.
+"""Where each parameter of a DeepSeek-V3 model stands in a Hugging Face checkpoint: one table for reading and writing.
 
 Legend: e logical expert, F expert inner size.
 """

@@ -21,6 +21,7 @@ class QwenMoEConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
+    max_position_embeddings: int
     qkv_bias: bool
     output_bias: bool
     qk_norm: bool
@@ -51,6 +52,7 @@ class QwenMoEConfig:
                 num_key_value_heads=config.get("num_key_value_heads") or heads,
                 head_dim=head_dim,
                 rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+                max_position_embeddings=int(config["max_position_embeddings"]),
                 qkv_bias=bool(config.get("attention_bias", False) if is_qwen3 else config.get("qkv_bias", True)),
                 output_bias=bool(is_qwen3 and config.get("attention_bias", False)),
                 qk_norm=is_qwen3,

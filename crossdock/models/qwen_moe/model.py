@@ -50,9 +50,10 @@ class GQA(nn.Module):
                 keys, values = k_TGQ[span.start : span.stop], v_TGQ[span.start : span.stop]
             else:
                 both = cache.read(self.layer, span.rows).view(-1, 2 * self.groups, self.width)
-                keys, values = both.split(self.groups, dim=1)
+                keys, values = torch.split(both, self.groups, dim=1)
             out.append(self._attend(q_THQ[span.start : span.stop], keys, values, span))
-        return self.o_proj(torch.cat(out) if out else x_TD.new_empty(0, self.heads * self.width))
+        y_TD: Tensor = self.o_proj(torch.cat(out) if out else x_TD.new_empty(0, self.heads * self.width))
+        return y_TD
 
     def _attend(self, q_THQ: Tensor, k_JGQ: Tensor, v_JGQ: Tensor, span: Span) -> Tensor:
         """One sequence's queries over its context, [tokens, H * Q]."""
@@ -84,13 +85,12 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: PagedCache | None) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, batch, cache)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return x_TD
 
 
 class QwenMoEModel(nn.Module):
     """A causal language model over flat tokens; every rank of `transport` calls `forward` together."""
-
-    mtp = None  # this family has no MTP layer
 
     def __init__(
         self,
@@ -112,6 +112,21 @@ class QwenMoEModel(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype, device)
 
     @property
+    def has_mtp(self) -> bool:
+        """Never: this family has no MTP layer."""
+        return False
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.config.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a sequence [max_position_embeddings]."""
+        return self.config.max_position_embeddings
+
+    @property
     def cache_layers(self) -> int:
         """Layers that keep rows in the cache."""
         return len(self.layers)
@@ -124,15 +139,17 @@ class QwenMoEModel(nn.Module):
     def forward(self, ids_T: Tensor, batch: Batch, cache: PagedCache | None) -> Tensor:
         """int64 [T] -> hidden states [T, D] after the final norm."""
         rope = self.rotary(batch.positions_T)
-        x_TD = F.embedding(ids_T, self.embed_tokens)
+        x_TD: Tensor = F.embedding(ids_T, self.embed_tokens)
         for layer in self.layers:
             x_TD = layer(x_TD, rope, batch, cache)
-        return self.norm(x_TD)
+        x_TD = self.norm(x_TD)
+        return x_TD
 
     def draft(self, next_ids_T: Tensor, hidden_TD: Tensor, batch: Batch, cache: PagedCache | None) -> Tensor:
-        """Not to be called: `mtp` is None."""
+        """Not to be called: `has_mtp` is False."""
         raise AssertionError("the model has no MTP layer")
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, D] -> fp32 [T, V]."""
-        return self.lm_head(hidden_TD).float()
+        logits_TV: Tensor = self.lm_head(hidden_TD)
+        return logits_TV.float()

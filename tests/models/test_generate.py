@@ -1,0 +1,105 @@
+"""Generation: speculation that changes no token, sampling by seed, ends of sequences, and input that cannot work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from crossdock import LocalWorld, generate, load_model
+from crossdock.comm import LocalTransport, Transport
+from crossdock.errors import ConfigError
+from crossdock.models.generate import Generation
+from crossdock.models.sampling import Sampling
+from tests.models.checkpoints import add_mtp, save
+
+PROMPTS = [[5, 17, 9, 33, 21, 4, 8], [3, 1, 4], [2, 7, 1, 8, 2, 8]]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("plain")
+    save("deepseek_v3", directory)
+    return directory
+
+
+def run(directory: Path, transport: Transport, prompts: list[list[int]] = PROMPTS, **options: Any) -> Generation:
+    model = load_model(directory, transport, dtype=torch.float32).model
+    return generate(model, prompts, transport, **{"max_new_tokens": 30, **options})
+
+
+@pytest.mark.parametrize("predictable", [0.0, 0.85, 1.0])
+def test_speculation_changes_no_token_and_no_bit(predictable: float, tmp_path: Path) -> None:
+    save("deepseek_v3", tmp_path)
+    add_mtp(tmp_path, predictable)
+    expected = run(tmp_path, LocalTransport())
+    assert expected.drafted == 0
+    for world_size in (1, 2, 4):
+        found = LocalWorld(world_size).run(lambda t: run(tmp_path, t, speculate=True))[0]
+        assert found.outputs == expected.outputs
+        assert found.drafted > 0
+        rate = found.accepted / found.drafted
+        assert rate == 1.0 if predictable == 1.0 else rate < 0.3 if predictable == 0.0 else 0.1 < rate < 1.0
+
+
+def test_speculation_changes_no_sampled_token_either(tmp_path: Path) -> None:
+    save("deepseek_v3", tmp_path)
+    add_mtp(tmp_path, 0.85)
+    sampling = Sampling(temperature=0.7, seed=3)
+    expected = run(tmp_path, LocalTransport(), sampling=sampling)
+    assert run(tmp_path, LocalTransport(), sampling=sampling, speculate=True).outputs == expected.outputs
+
+
+def test_sampling_follows_its_seed_on_any_number_of_ranks(plain: Path) -> None:
+    def sampled(seed: int, world_size: int) -> list[list[int]]:
+        options = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=seed)
+        found = LocalWorld(world_size).run(lambda t: run(plain, t, sampling=options))[0]
+        return [output.token_ids for output in found.outputs]
+
+    assert sampled(1, 1) == sampled(1, 2) == sampled(1, 4) != sampled(2, 1)
+
+
+def test_a_stop_id_ends_its_sequence_only(plain: Path) -> None:
+    free = run(plain, LocalTransport()).outputs
+    stop = free[0].token_ids[5]
+    ended = run(plain, LocalTransport(), stop_ids=frozenset([stop])).outputs
+    for before, after in zip(free, ended, strict=True):
+        cut = before.token_ids.index(stop) + 1 if stop in before.token_ids else len(before.token_ids)
+        assert after.token_ids == before.token_ids[:cut]
+
+
+def test_the_context_ends_a_sequence(plain: Path) -> None:
+    (output,) = run(plain, LocalTransport(), [[1] * 250], max_new_tokens=30).outputs
+    assert len(output.token_ids) == 7  # positions 250 to 255, and the token after the last
+    (output,) = run(plain, LocalTransport(), [[1] * 256], max_new_tokens=30).outputs
+    assert len(output.token_ids) == 1
+
+
+def test_tokens_are_told_as_they_come(plain: Path) -> None:
+    told: list[tuple[int, int]] = []
+    outputs = run(plain, LocalTransport(), on_token=lambda prompt, token: told.append((prompt, token))).outputs
+    for number, output in enumerate(outputs):
+        assert [token for prompt, token in told if prompt == number] == output.token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "names"),
+    [
+        ([[1], []], {}, "prompt 1 has no tokens"),
+        ([], {}, "at least one prompt"),
+        ([[1, 97]], {}, "prompt 0 holds token id 97, expected 0 to 96"),
+        ([[-1]], {}, "token id -1"),
+        ([[1] * 257], {}, "prompt 0 has 257 tokens, the model's context 256"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, found 0"),
+        ([[1]], {"speculate": True}, "no MTP layer"),
+    ],
+)
+def test_bad_input_is_named(plain: Path, prompts: list[list[int]], options: dict[str, Any], names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        run(plain, LocalTransport(), prompts, **options)
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_sampling_options_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Sampling(**options)

@@ -1,0 +1,161 @@
+"""The loader: what is read, what is left unread, and one clear error for every way a checkpoint can be broken."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from crossdock import LocalWorld, load_model
+from crossdock.comm import LocalTransport
+from crossdock.errors import CheckpointError, ConfigError, CrossdockError
+from crossdock.models import loader
+from crossdock.models.loader import Checkpoint, Source, Target, load_into
+from tests.models.checkpoints import edit, save
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    save("deepseek_v3", tmp_path)
+    return tmp_path
+
+
+def reconfigure(directory: Path, **fields: object) -> None:
+    config = json.loads((directory / "config.json").read_text()) | fields
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def shard(directory: Path) -> None:
+    """The same checkpoint in two files and an index."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, held in files.items():
+        save_file({n: tensors[n] for n in held}, directory / file)
+    index = {"weight_map": {n: file for file, held in files.items() for n in held}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_shards_with_and_without_an_index(checkpoint: Path) -> None:
+    expected = load_model(checkpoint, LocalTransport(), dtype=torch.float32).model.state_dict()
+    shard(checkpoint)
+    for _ in range(2):
+        found = load_model(checkpoint, LocalTransport(), dtype=torch.float32).model.state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        (checkpoint / "model.safetensors.index.json").unlink(missing_ok=True)
+
+
+def test_each_rank_reads_its_own_experts_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, source: (read.append(source.name), original(self, source))[1])
+    monkeypatch.setattr(loader, "REOPEN_BYTES", 1000)  # the shard is mapped anew many times and nothing is lost
+
+    def experts_read(world_size: int, rank: int) -> set[int]:
+        def load(transport: object) -> None:
+            if transport.rank == rank:  # type: ignore[attr-defined]
+                load_model(checkpoint, transport, dtype=torch.float32)  # type: ignore[arg-type]
+
+        read.clear()
+        LocalWorld(world_size).run(load)
+        return {int(name.split(".experts.")[1].split(".")[0]) for name in read if ".experts." in name}
+
+    assert experts_read(1, 0) == set(range(8))
+    assert experts_read(4, 0) == {0, 1} and experts_read(4, 3) == {6, 7}
+
+
+def test_part_of_a_tensor_is_read(tmp_path: Path) -> None:
+    stored = torch.arange(4 * 6 * 5, dtype=torch.float32).view(4, 6, 5)
+    save_file({"fused": stored}, tmp_path / "model.safetensors")
+    into = torch.empty(2, 5, dtype=torch.bfloat16)
+    seen: list[tuple[int, int]] = []
+    report = load_into(
+        Checkpoint(tmp_path), [Target(into, (Source("fused", (2, slice(3, 5))),))], lambda *s: seen.append(s)
+    )
+    assert torch.equal(into, stored[2, 3:5].bfloat16())
+    assert report.bytes_read == 2 * 5 * 4 and seen == [(40, 40)] and report.unused == ()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def fp8(directory: Path, scale: torch.Tensor | None) -> None:
+    weight = load_file(directory / "model.safetensors")[EXPERT].to(torch.float8_e4m3fn)
+    edit(directory, {EXPERT: weight} | ({} if scale is None else {f"{EXPERT}_scale_inv": scale}))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json: no such file"),
+    "config is no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json: is not readable JSON"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "expected a JSON object, found list"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no .*safetensors file"),
+    "truncated": (lambda d: truncate(d / "model.safetensors"), "model.safetensors: truncated or corrupt"),
+    "corrupt": (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 200), "truncated or corrupt"),
+    "tensor missing": (lambda d: edit(d, {EXPERT: None}), f"tensor {EXPERT} or .* is missing"),
+    "wrong shape": (lambda d: edit(d, {EXPERT: torch.zeros(40, 63)}), r"shape \[40, 63\], expected \[40, 64\]"),
+    "wrong dtype": (
+        lambda d: edit(d, {EXPERT: torch.zeros(40, 64, dtype=torch.int32)}),
+        "dtype I32, expected one of BF16",
+    ),
+    "FP8 without scale": (lambda d: fp8(d, None), "is FP8, but its .*_scale_inv is missing"),
+    "scale of another shape": (lambda d: fp8(d, torch.ones(2, 1)), r"is F32 \[2, 1\], expected F32 \[1, 1\]"),
+    "NaN scale": (lambda d: fp8(d, torch.tensor([[float("nan")]])), "scale that is NaN or infinite"),
+    "unknown model": (lambda d: reconfigure(d, model_type="mixtral"), "model_type must be one of .*found 'mixtral'"),
+    "other block size": (
+        lambda d: reconfigure(d, quantization_config={"weight_block_size": [64, 64]}),
+        r"weight_block_size must be \[128, 128\], found \[64, 64\]",
+    ),
+    "field of a wrong type": (lambda d: reconfigure(d, hidden_size="big"), "a field has a value of the wrong type"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_one_clear_error(name: str, checkpoint: Path) -> None:
+    damage, names = BROKEN[name]
+    damage(checkpoint)
+    with pytest.raises(CheckpointError, match=names):
+        load_model(checkpoint, LocalTransport(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"num_experts_per_tok": 9}, "top_k 9 is more than the 4 experts in top_groups 2"),
+        ({"n_group": 3}, "num_experts 8 is no multiple of num_groups 3"),
+        ({"scoring_func": "softmax"}, "scoring_func must be 'sigmoid', found 'softmax'"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', found 'gelu'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope type must be 'default' or 'yarn', found 'longrope'"),
+    ],
+)
+def test_a_config_that_cannot_work_is_named(fields: dict[str, object], names: str, checkpoint: Path) -> None:
+    reconfigure(checkpoint, **fields)
+    with pytest.raises(ConfigError, match=names):
+        load_model(checkpoint, LocalTransport(), dtype=torch.float32)
+
+
+def test_a_missing_field_and_a_missing_directory_are_named(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["kv_lora_rank"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="deepseek_v3 model lacks the field 'kv_lora_rank'"):
+        load_model(checkpoint, LocalTransport())
+    with pytest.raises(CheckpointError, match="nowhere: no such directory"):
+        load_model(checkpoint / "nowhere", LocalTransport())
+
+
+def test_experts_that_do_not_divide_over_the_ranks_are_named(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="8 experts do not divide over 3 ranks"):
+        LocalWorld(3).run(lambda t: load_model(checkpoint, t))
+
+
+def test_an_index_that_names_an_absent_file(checkpoint: Path) -> None:
+    shard(checkpoint)
+    (checkpoint / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CrossdockError, match=r"model-00002-of-00002.safetensors: no such file"):
+        load_model(checkpoint, LocalTransport())
