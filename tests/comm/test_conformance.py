@@ -1,4 +1,4 @@
-"""Every transport carries every case to the oracle's bits, forward and backward; a further one joins by a name below."""
+"""Every transport carries every case to the oracle's bits, forward and backward; another joins by a name below."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
