@@ -5,16 +5,21 @@
     layer = crossdock.MoELayer(config, transport, dtype=torch.bfloat16, device=group.device)
     y_TD = layer(x_TD)                                          # a collective: every rank calls it
 
-Importing it touches no GPU, reads no environment and starts nothing.
+Importing it touches no GPU, reads no environment and starts nothing. Names are imported when they are first used, so
+that the command line says what is wrong with its options before torch has loaded.
 """
 
-from crossdock.comm import LocalWorld, make_transport
-from crossdock.errors import CrossdockError
-from crossdock.gemm import QuantSpec
-from crossdock.models.generate import generate
-from crossdock.models.registry import load_model
-from crossdock.moe import MoEConfig, MoELayer
-from crossdock.parallel import EPGroup, ExpertPlacement, init, rebalance
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crossdock.comm import LocalWorld, make_transport
+    from crossdock.errors import CrossdockError
+    from crossdock.gemm import QuantSpec
+    from crossdock.models.generate import generate
+    from crossdock.models.registry import load_model
+    from crossdock.moe import MoEConfig, MoELayer
+    from crossdock.parallel import EPGroup, ExpertPlacement, init, rebalance
 
 __version__ = "0.1.0"
 
@@ -32,3 +37,25 @@ __all__ = [
     "make_transport",
     "rebalance",
 ]
+
+_HOMES = {
+    "comm": ("LocalWorld", "make_transport"),
+    "errors": ("CrossdockError",),
+    "gemm": ("QuantSpec",),
+    "models.generate": ("generate",),
+    "models.registry": ("load_model",),
+    "moe": ("MoEConfig", "MoELayer"),
+    "parallel": ("EPGroup", "ExpertPlacement", "init", "rebalance"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"crossdock.{home}"), name)
+            return value
+    raise AttributeError(f"module 'crossdock' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

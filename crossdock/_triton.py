@@ -5,10 +5,11 @@ still parse and only a launch raises. Kernel files must not use `from __future__
 `tl.constexpr` annotations as objects.
 """
 
-import os
 from typing import Any
 
 from crossdock.errors import ConfigError
+
+__all__ = ["HAS_TRITON", "interpreting", "tl", "triton"]
 
 try:
     import triton
@@ -41,6 +42,4 @@ except ImportError:
 
 def interpreting() -> bool:
     """True where kernels run in Triton's interpreter (TRITON_INTERPRET=1), the only way to run them on CPU tensors."""
-    if not HAS_TRITON:
-        return False
-    return bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else os.environ.get("TRITON_INTERPRET") == "1"
+    return HAS_TRITON and bool(triton.knobs.runtime.interpret)

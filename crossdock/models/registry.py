@@ -48,42 +48,35 @@ def load_model(
     multiplied in FP8, unless float32 was asked for. `progress(done, total)` counts bytes. Raises CheckpointError where
     the directory, a tensor or the model type is not what it should be, ConfigError for a config field that cannot work.
     """
-    config = read_config(directory)
-    try:
-        return _load(config, Path(directory), transport, dtype, torch.device(device), progress)
-    except (TypeError, AttributeError) as error:
-        raise CheckpointError(f"{directory}/config.json: a field has a value of the wrong type: {error}") from error
-
-
-def _load(
-    config: dict[str, Any],
-    directory: Path,
-    transport: Transport,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    progress: Callable[[int, int], None] | None,
-) -> Loaded:
+    config, device = read_config(directory), torch.device(device)
     dtype = dtype or checkpoint_dtype(config)
-    on_gpu = device.type == "cuda"
     quantized = (config.get("quantization_config") or {}).get("quant_method") == "fp8"
-    keep_fp8 = on_gpu and quantized and dtype != torch.float32
-    quant = QuantSpec("fp8_block") if keep_fp8 else QuantSpec("none")
+    keep_fp8 = device.type == "cuda" and quantized and dtype != torch.float32
+    settings = _settings(config, QuantSpec("fp8_block") if keep_fp8 else QuantSpec(), directory)
     checkpoint = Checkpoint(directory)
     model: DeepSeekModel | QwenMoEModel
-    match config.get("model_type"):
-        case "deepseek_v3":
-            settings = DeepSeekConfig.from_hf(config, quant)
-            if f"model.layers.{settings.num_hidden_layers}.eh_proj.weight" not in checkpoint.file_of:
-                settings = replace(settings, num_nextn_predict_layers=0)  # many checkpoints leave the MTP layer out
-            model = DeepSeekModel(settings, transport, dtype=dtype, device=device)
-            targets = deepseek_targets(model)
-        case "qwen3_moe" | "qwen2_moe":
-            model = QwenMoEModel(QwenMoEConfig.from_hf(config, quant), transport, dtype=dtype, device=device)
-            targets = qwen_targets(model)
-        case other:
-            raise CheckpointError(f"{directory}/config.json: model_type must be one of {FAMILIES}, found {other!r}")
+    if isinstance(settings, DeepSeekConfig):
+        if f"model.layers.{settings.num_hidden_layers}.eh_proj.weight" not in checkpoint.file_of:
+            settings = replace(settings, num_nextn_predict_layers=0)  # many checkpoints leave the MTP layer out
+        model = DeepSeekModel(settings, transport, dtype=dtype, device=device)
+        targets = deepseek_targets(model)
+    else:
+        model = QwenMoEModel(settings, transport, dtype=dtype, device=device)
+        targets = qwen_targets(model)
     report = load_into(checkpoint, targets, progress)
     model.requires_grad_(False)
     ends = config.get("eos_token_id")
     stop_ids = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
     return Loaded(model, report, stop_ids)
+
+
+def _settings(config: dict[str, Any], quant: QuantSpec, directory: str | Path) -> DeepSeekConfig | QwenMoEConfig:
+    family = config.get("model_type")
+    try:
+        if family == "deepseek_v3":
+            return DeepSeekConfig.from_hf(config, quant)
+        if family in ("qwen3_moe", "qwen2_moe"):
+            return QwenMoEConfig.from_hf(config, quant)
+    except TypeError as error:
+        raise CheckpointError(f"{directory}/config.json: a field has a value of the wrong type: {error}") from error
+    raise CheckpointError(f"{directory}/config.json: model_type must be one of {FAMILIES}, found {family!r}")

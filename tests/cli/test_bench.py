@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ from tests.launch import Ranks
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every benchmark at a size that takes no time; one thread, as more only wait for one another at such sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setattr(timing, "ROUND_S", 1e-4)
     monkeypatch.setattr(timing, "ROUNDS", 2)
     monkeypatch.setattr(timing, "measure_ceilings", lambda device, dtype: timing.Ceilings(10.0, 0.1))
@@ -32,6 +36,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         module, constant = name.split(".")
         monkeypatch.setattr(sys.modules[f"crossdock.cli.bench.{module}"], constant, value)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("toy")
