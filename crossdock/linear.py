@@ -24,4 +24,6 @@ def linear(x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     rows = x_MK.shape[0]
     if x_MK.dtype != torch.float32 or x_MK.device.type != "cpu" or rows % ROW_QUANTUM == 0:
         return F.linear(x_MK, w_NK, bias_N)
+    if rows == 1:
+        return F.linear(x_MK.expand(ROW_QUANTUM, -1), w_NK, bias_N)[:1]
     return F.linear(F.pad(x_MK, (0, 0, 0, -rows % ROW_QUANTUM)), w_NK, bias_N)[:rows]

@@ -6,6 +6,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)  # tests are small, and several ranks' threads in one process would wait for one another
 
 from collections.abc import Iterator
 

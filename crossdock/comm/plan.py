@@ -12,7 +12,9 @@ slot's rows lie together and in an order no timing can change.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,19 +48,24 @@ class DispatchPlan:
 
 
 def plan_outgoing(slot_ids_TK: Tensor, num_slots: int) -> Outgoing:
-    """Orders this rank's rows. Raises ConfigError for an id outside -1..P-1."""
-    flat_N = slot_ids_TK.reshape(-1)
-    count = flat_N.shape[0]
-    sorted_N, order_N = torch.sort(flat_N, stable=True)
-    if count and (int(sorted_N[0]) < -1 or int(sorted_N[-1]) >= num_slots):
-        found = int(sorted_N[0]) if int(sorted_N[0]) < -1 else int(sorted_N[-1])
-        raise ConfigError(f"slot_ids must be in -1..{num_slots - 1}, found {found}")
-    none, *counts_P = torch.bincount(flat_N + 1, minlength=num_slots + 1).tolist()
-    place_N = torch.arange(-none, count - none, device=flat_N.device)
-    if none:
-        place_N = torch.where(place_N < 0, count - none, place_N)
-    position_TK = torch.empty_like(order_N).scatter_(0, order_N, place_N).view(slot_ids_TK.shape)
-    return Outgoing(order_N[none:], position_TK, counts_P)
+    """Orders this rank's rows. Raises ConfigError for an id outside -1..P-1.
+
+    In numpy: counts have to reach the host anyway, and for the few rows of decoding a numpy call costs a third of a
+    torch call.
+    """
+    flat_N = slot_ids_TK.reshape(-1).cpu().numpy()
+    count = len(flat_N)
+    order_N = flat_N.argsort(kind="stable")
+    lowest, highest = (flat_N[order_N[0]], flat_N[order_N[-1]]) if count else (0, 0)
+    if lowest < -1 or highest >= num_slots:
+        raise ConfigError(f"slot_ids must be in -1..{num_slots - 1}, found {lowest if lowest < -1 else highest}")
+    none, *counts_P = np.bincount(flat_N + 1, minlength=num_slots + 1).tolist()
+    position_N = np.empty_like(order_N)
+    position_N[order_N[none:]] = np.arange(count - none)
+    position_N[order_N[:none]] = count - none
+    device = slot_ids_TK.device
+    order_S, position_TK = torch.from_numpy(order_N[none:]), torch.from_numpy(position_N).view(slot_ids_TK.shape)
+    return Outgoing(order_S.to(device), position_TK.to(device), counts_P)
 
 
 def complete_plan(outgoing: Outgoing, counts_WP: list[list[int]], rank: int, step: int) -> DispatchPlan:
@@ -68,7 +75,7 @@ def complete_plan(outgoing: Outgoing, counts_WP: list[list[int]], rank: int, ste
     device = outgoing.order_S.device
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     if world_size == 1:
-        ends_L = torch.tensor(outgoing.counts_P, device=device).cumsum(0).to(torch.int32)
+        ends_L = torch.tensor(list(accumulate(outgoing.counts_P)), dtype=torch.int32, device=device)
         rows = [len(outgoing.order_S)]
         return DispatchPlan(outgoing, rows, rows, ends_L, None, None, step)
     send_counts = [sum(outgoing.counts_P[r * per_rank : (r + 1) * per_rank]) for r in range(world_size)]

@@ -21,7 +21,8 @@ from crossdock.errors import CapacityOverflow
 class Span:
     """One sequence's tokens of a step: flat tokens `start:stop`, of which the last has `context` tokens up to itself.
 
-    `rows` are the cache rows of its first `context` tokens: a slice where they lie together, else int64 [context].
+    `rows` are the cache rows of its pages, of which the first `context` hold tokens: a slice where they lie together,
+    else int64.
     `decode` says that its tokens continue a cached sequence one by one (absorbed attention), not a prompt.
     """
 
@@ -65,7 +66,7 @@ class PagedCache:
         self.data[layer].index_copy_(0, rows_T, values_TC)
 
     def read(self, layer: int, rows: slice | Tensor) -> Tensor:
-        """The rows asked for, [context, C]; a view where they lie together."""
+        """The rows asked for, [rows, C]; a view where they lie together."""
         return self.data[layer][rows]
 
     def reserve(self, sequence: Sequence, length: int) -> None:
@@ -77,7 +78,9 @@ class PagedCache:
                 f"{len(self._free)} of {self.num_pages} are free"
             )
         for _ in range(wanted):
-            sequence.pages.append(self._free.pop())
+            page = self._free.pop()
+            self.data[:, page * self.page_size : (page + 1) * self.page_size] = 0  # masked rows are multiplied by zero
+            sequence.pages.append(page)
 
     def release(self, sequence: Sequence) -> None:
         """Takes the pages of a finished sequence back."""
@@ -97,17 +100,16 @@ class PagedCache:
             new = range(sequence.length, context)
             positions.extend(new)
             rows.extend(sequence.pages[p // self.page_size] * self.page_size + p % self.page_size for p in new)
-            spans.append(Span(start, len(positions), context, self._rows(sequence, context), decode))
+            spans.append(Span(start, len(positions), context, self._rows(sequence), decode))
         positions_T, rows_T = torch.tensor([positions, rows], dtype=torch.int64, device=self.data.device)
         return Batch(positions_T, rows_T, tuple(spans))
 
-    def _rows(self, sequence: Sequence, length: int) -> slice | Tensor:
-        pages = sequence.pages[: -(-length // self.page_size)]
-        first = pages[0] if pages else 0
+    def _rows(self, sequence: Sequence) -> slice | Tensor:
+        pages, first = sequence.pages, sequence.pages[0]
         if pages == list(range(first, first + len(pages))):
-            return slice(first * self.page_size, first * self.page_size + length)
+            return slice(first * self.page_size, (first + len(pages)) * self.page_size)
         rows = torch.tensor(pages)[:, None] * self.page_size + torch.arange(self.page_size)
-        return rows.flatten()[:length].to(self.data.device)
+        return rows.flatten().to(self.data.device)
 
 
 def whole_sequences(count: int, length: int, device: torch.device) -> Batch:

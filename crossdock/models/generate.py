@@ -203,7 +203,7 @@ def _check(model: CausalModel, prompts: list[list[int]], max_new_tokens: int, sp
         raise ConfigError("speculation was asked for, but the checkpoint has no MTP layer")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: CausalModel,
     prompts: list[list[int]],

@@ -10,9 +10,12 @@ to one shared row of C + R values a token and nothing is expanded:
     plain      score = q_nope . (W_UK c) + q_rope . k_rope        out = sum p (W_UV c)
     absorbed   score = (W_UK^T q_nope) . c + q_rope . k_rope      out = W_UV (sum p c)
 
-A decoded token attends alone, by products of its own H rows: its bits depend neither on the other sequences of the
-step nor on how many tokens of its own sequence are verified beside it.
+A decoded token's bits depend neither on the other sequences of the step nor on how many tokens of its own sequence are
+verified beside it: every product has a fixed shape or rows that do not depend on their company. On a CPU the absorbed form is computed in float32
+whatever the model's dtype: its products are small, and oneDNN's bfloat16 ones take three times as long.
 """
+
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -40,46 +43,40 @@ class MLA(nn.Module):
         self.rotate = rotate_interleaved if config.rope_interleave else rotate_halves
         size_D, bias = config.hidden_size, config.attention_bias
         query_size = self.heads * (self.nope + self.rope)
-        self.q_proj = self.q_a_proj = self.q_b_proj = self.q_a_layernorm = None
-        if config.q_lora_rank is None:
-            self.q_proj = Linear(size_D, query_size, dtype, device)
-        else:
-            self.q_a_proj = Linear(size_D, config.q_lora_rank, dtype, device, bias)
+        self.query_rank = config.q_lora_rank or query_size
+        # q_a_proj (or q_proj, where queries are not compressed) above kv_a_proj_with_mqa
+        self.a_proj = Linear(size_D, self.query_rank + self.latent + self.rope, dtype, device, bias)
+        self.q_a_layernorm = self.q_b_proj = None
+        if config.q_lora_rank is not None:
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, dtype, device)
             self.q_b_proj = Linear(config.q_lora_rank, query_size, dtype, device)
-        self.kv_a_proj_with_mqa = Linear(size_D, self.latent + self.rope, dtype, device, bias)
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS, dtype, device)
         self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value), dtype, device)
         self.o_proj = Linear(self.heads * self.value, size_D, dtype, device, bias)
+        self._absorbed_weights: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: PagedCache | None) -> Tensor:
         """[T, D] -> [T, D]. Writes this step's latents to `cache`; without one, spans are whole sequences."""
-        q_THQ = self._queries(x_TD, rope)
-        latent_TC = self._latents(x_TD, rope)
+        q_TQ, kv_TC = torch.split(self.a_proj(x_TD), [self.query_rank, self.latent + self.rope], dim=-1)
+        if self.q_a_layernorm is not None and self.q_b_proj is not None:
+            q_TQ = self.q_b_proj(self.q_a_layernorm(q_TQ))
+        q_THQ = q_TQ.view(len(x_TD), self.heads, self.nope + self.rope)
+        rotary = torch.cat((q_THQ[..., self.nope :], kv_TC[:, None, self.latent :]), dim=1)
+        rotary = self.rotate(rotary, rope)  # H queries and the one key
+        q_THQ = torch.cat((q_THQ[..., : self.nope], rotary[:, :-1]), dim=-1)
+        latent_TC = torch.cat((self.kv_a_layernorm(kv_TC[:, : self.latent]), rotary[:, -1]), dim=-1)
         if cache is None:
             y_TD: Tensor = self.o_proj(self._whole(q_THQ, latent_TC, len(batch.spans)))
             return y_TD
         cache.write(self.layer, batch.rows_T, latent_TC)
-        out_THV = q_THQ.new_empty(len(x_TD), self.heads * self.value)
+        out = []
         for span in batch.spans:
-            attend = self._absorbed if span.decode else self._plain
-            out_THV[span.start : span.stop] = attend(q_THQ, cache.read(self.layer, span.rows), span)
-        y_TD = self.o_proj(out_THV)
+            q, latent_JC = q_THQ[span.start : span.stop], cache.read(self.layer, span.rows)
+            out.append(
+                self._absorbed(q, latent_JC, span, cache.page_size) if span.decode else self._plain(q, latent_JC, span)
+            )
+        y_TD = self.o_proj(torch.cat(out) if out else x_TD.new_empty(0, self.heads * self.value))
         return y_TD
-
-    def _queries(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        if self.q_proj is not None:
-            q_TQ = self.q_proj(x_TD)
-        else:
-            assert self.q_a_proj is not None and self.q_a_layernorm is not None and self.q_b_proj is not None
-            q_TQ = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
-        q_THQ = q_TQ.view(len(x_TD), self.heads, self.nope + self.rope)
-        q_nope, q_rope = q_THQ.split((self.nope, self.rope), dim=-1)
-        return torch.cat((q_nope, self.rotate(q_rope, rope)), dim=-1)
-
-    def _latents(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        latent_TC, k_rope_TR = self.kv_a_proj_with_mqa(x_TD).split((self.latent, self.rope), dim=-1)
-        return torch.cat((self.kv_a_layernorm(latent_TC), self.rotate(k_rope_TR[:, None], rope)[:, 0]), dim=-1)
 
     def _expand(self, latent_JC: Tensor) -> tuple[Tensor, Tensor]:
         """Latent rows [J, C + R] -> keys [J, H, N + R] and values [J, H, V]."""
@@ -101,23 +98,46 @@ class MLA(nn.Module):
         return self._attend(q, k, v, None).transpose(1, 2).reshape(len(q_THQ), self.heads * self.value)
 
     def _plain(self, q_THQ: Tensor, latent_JC: Tensor, span: Span) -> Tensor:
-        q = q_THQ[span.start : span.stop].transpose(0, 1)[None]
-        k, v = (t.transpose(0, 1)[None] for t in self._expand(latent_JC))
-        tokens = span.stop - span.start
-        mask = None
+        """Tokens of a prompt, [T, H * V]."""
+        q = q_THQ.transpose(0, 1)[None]
+        k, v = (t.transpose(0, 1)[None] for t in self._expand(latent_JC[: span.context]))
+        tokens, mask = len(q_THQ), None
         if tokens != span.context:
             mask = torch.ones(tokens, span.context, dtype=torch.bool, device=q.device).tril(span.context - tokens)
         return self._attend(q, k, v, mask)[0].transpose(0, 1).reshape(tokens, self.heads * self.value)
 
-    def _absorbed(self, q_THQ: Tensor, latent_JC: Tensor, span: Span) -> Tensor:
-        w_HXC = self.kv_b_proj.weight.view(self.heads, self.nope + self.value, self.latent)
+    def _absorbed(self, q_THQ: Tensor, latent_JC: Tensor, span: Span, page_size: int) -> Tensor:
+        """Tokens that continue a sequence, [T, H * V]; those whose contexts end in the same page go together."""
+        w_HNC, w_HCV = self._weights_to_absorb()
+        latent_JC = latent_JC.to(w_HNC.dtype)
+        q_THQ = q_THQ.to(w_HNC.dtype) * self.scale
+        contexts = range(span.context - len(q_THQ) + 1, span.context + 1)
         out = []
-        for token in range(span.start, span.stop):
-            context = span.context - (span.stop - 1 - token)
-            q_nope, q_rope = torch.split(q_THQ[token], [self.nope, self.rope], dim=-1)
-            q_latent = torch.bmm(q_nope[:, None], w_HXC[:, : self.nope])[:, 0]
-            scores_HJ = linear(torch.cat((q_latent, q_rope), dim=-1), latent_JC[:context]) * self.scale
-            probs_HJ = scores_HJ.softmax(-1, dtype=torch.float32).to(q_THQ.dtype)
-            mean_HC = linear(probs_HJ, latent_JC[:context, : self.latent].T)
-            out.append(torch.bmm(mean_HC[:, None], w_HXC[:, self.nope :].transpose(1, 2)).flatten())
-        return torch.stack(out)
+        for pages, group in groupby(zip(q_THQ.unbind(0), contexts, strict=True), lambda item: -(-item[1] // page_size)):
+            queries, ends = zip(*group, strict=True)
+            out += self._over_pages(queries, ends, latent_JC[: pages * page_size], w_HNC, w_HCV)
+        return torch.stack(out).to(self.kv_b_proj.weight.dtype)
+
+    def _over_pages(
+        self, queries: tuple[Tensor, ...], ends: tuple[int, ...], latent_JC: Tensor, w_HNC: Tensor, w_HCV: Tensor
+    ) -> list[Tensor]:
+        """Each query [H, Q] over the first `end` rows -> [H * V] each. J is whole pages, so that a token meets products
+        of the same shape whether it is alone or one of several."""
+        absorbed = [
+            torch.cat((torch.bmm(q_HQ[:, None, : self.nope], w_HNC)[:, 0], q_HQ[:, self.nope :]), dim=-1)
+            for q_HQ in queries
+        ]
+        scores_XJ = linear(torch.cat(absorbed), latent_JC)  # X: H rows a query
+        for number, end in enumerate(ends):
+            scores_XJ[number * self.heads : (number + 1) * self.heads, end:] = float("-inf")
+        probs_XJ = scores_XJ.softmax(-1, dtype=torch.float32).to(latent_JC.dtype)
+        mean_XC = linear(probs_XJ, latent_JC[:, : self.latent].T)
+        return [torch.bmm(mean_HC[:, None], w_HCV).flatten() for mean_HC in torch.split(mean_XC, self.heads)]
+
+    def _weights_to_absorb(self) -> tuple[Tensor, Tensor]:
+        """W_UK [H, N, C] and W_UV transposed, [H, C, V]; on a CPU in float32, converted once."""
+        if self._absorbed_weights is None:
+            w_HXC = self.kv_b_proj.weight.detach().view(self.heads, self.nope + self.value, self.latent)
+            w_HXC = w_HXC.float() if w_HXC.device.type == "cpu" else w_HXC
+            self._absorbed_weights = w_HXC[:, : self.nope], w_HXC[:, self.nope :].transpose(1, 2)
+        return self._absorbed_weights

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from crossdock.models.deepseek.mla import MLA
 from crossdock.models.deepseek.model import DecoderLayer, DeepSeekModel, MTPLayer
 from crossdock.models.loader import Source, Target
 from crossdock.models.naming import experts, swiglu
@@ -31,8 +32,7 @@ def _target(into: Tensor, *names: str) -> Target:
 
 def _decoder(layer: DecoderLayer, prefix: str) -> Iterator[Target]:
     yield _target(layer.input_layernorm.weight, f"{prefix}input_layernorm.weight")
-    for name, parameter in layer.self_attn.named_parameters():
-        yield _target(parameter, f"{prefix}self_attn.{name}")
+    yield from _attention(layer.self_attn, f"{prefix}self_attn.")
     yield _target(layer.post_attention_layernorm.weight, f"{prefix}post_attention_layernorm.weight")
     mlp, prefix = layer.mlp, f"{prefix}mlp."
     if not isinstance(mlp, MoELayer):
@@ -44,6 +44,20 @@ def _decoder(layer: DecoderLayer, prefix: str) -> Iterator[Target]:
     yield from experts(mlp, f"{prefix}experts.")
     if mlp.shared_experts is not None:
         yield from swiglu(mlp.shared_experts, f"{prefix}shared_experts.")
+
+
+def _attention(mla: MLA, prefix: str) -> Iterator[Target]:
+    rank = mla.query_rank
+    compressed = mla.q_b_proj is not None
+    yield _target(mla.a_proj.weight[:rank], f"{prefix}{'q_a_proj' if compressed else 'q_proj'}.weight")
+    yield _target(mla.a_proj.weight[rank:], f"{prefix}kv_a_proj_with_mqa.weight")
+    if mla.a_proj.bias is not None:
+        if compressed:  # q_proj never has a bias: its rows stay zero
+            yield _target(mla.a_proj.bias[:rank], f"{prefix}q_a_proj.bias")
+        yield _target(mla.a_proj.bias[rank:], f"{prefix}kv_a_proj_with_mqa.bias")
+    for name, parameter in mla.named_parameters():
+        if not name.startswith("a_proj"):
+            yield _target(parameter, f"{prefix}{name}")
 
 
 def _mtp(mtp: MTPLayer, prefix: str) -> Iterator[Target]:

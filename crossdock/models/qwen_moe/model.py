@@ -49,7 +49,7 @@ class GQA(nn.Module):
             if cache is None:
                 keys, values = k_TGQ[span.start : span.stop], v_TGQ[span.start : span.stop]
             else:
-                both = cache.read(self.layer, span.rows).view(-1, 2 * self.groups, self.width)
+                both = cache.read(self.layer, span.rows)[: span.context].view(-1, 2 * self.groups, self.width)
                 keys, values = torch.split(both, self.groups, dim=1)
             out.append(self._attend(q_THQ[span.start : span.stop], keys, values, span))
         y_TD: Tensor = self.o_proj(torch.cat(out) if out else x_TD.new_empty(0, self.heads * self.width))
