@@ -3,10 +3,10 @@
     python examples/train_example.py --out runs/example --minutes 60      # stop and start again at will
     python examples/train_example.py --out runs/example --minutes 0 --export crossdock/data/example
 
-The model is crossdock's own: MLA, group-limited sigmoid routing balanced by the selection-bias update (arXiv:2408.15664),
-a shared expert, a dense first layer and one MTP layer whose loss is added with weight MTP_WEIGHT. Parameters are trained
-in float32 and multiplied in bfloat16. Every step draws its windows from a generator seeded by (seed, step), so that a run
-resumed from its snapshot sees what an uninterrupted one would have.
+The model is crossdock's own: MLA, group-limited sigmoid routing balanced by the selection-bias update
+(arXiv:2408.15664), a shared expert, a dense first layer and one MTP layer whose loss is added with weight MTP_WEIGHT.
+Parameters are trained in float32 and multiplied in bfloat16. Every step draws its windows from a generator seeded by
+(seed, step), so that a run resumed from its snapshot sees what an uninterrupted one would have.
 """
 
 import argparse
@@ -164,6 +164,15 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_RATE * min((step + 1) / WARMUP, 1.0, max(0.02, (steps - step) / (0.4 * steps)))
 
 
+def matrices_of(name: str, tensor: Tensor) -> list[Tensor]:
+    """The matrices that stand in one parameter: each expert's, and the two projections fused in `a_proj`."""
+    if tensor.dim() == 3:
+        return list(tensor.unbind(0))
+    if name.endswith("a_proj.weight"):
+        return [tensor[: CONFIG["q_lora_rank"]], tensor[CONFIG["q_lora_rank"] :]]
+    return [tensor]
+
+
 class Trainer:
     """float32 masters of the model's parameters, their optimisers, and a snapshot of all that a resumed run needs.
 
@@ -179,7 +188,7 @@ class Trainer:
         self.views: list[list[nn.Parameter]] = []
         matrices, others = [], []
         for (name, parameter), master in zip(model.named_parameters(), self.masters, strict=True):
-            self.views.append([nn.Parameter(part) for part in (master if master.dim() == 3 else [master])])
+            self.views.append([nn.Parameter(part) for part in matrices_of(name, master)])
             by_adam = parameter.dim() < 2 or name.endswith(("embed_tokens", "lm_head.weight", "router.weight"))
             (others if by_adam else matrices).extend(self.views[-1])
         self.optimisers: list[torch.optim.Optimizer] = [
@@ -225,10 +234,10 @@ class Trainer:
         """One step of the optimisers and of the selection biases."""
         main, mtp = losses(self.model, windows(stream, self.seed, self.step, SEQUENCES))
         (main + MTP_WEIGHT * mtp).backward()
-        for parameter, views in zip(self.parameters, self.views, strict=True):
+        for (name, parameter), views in zip(self.model.named_parameters(), self.views, strict=True):
             assert parameter.grad is not None
             grad, parameter.grad = parameter.grad.float(), None
-            for view, part in zip(views, grad if grad.dim() == 3 else [grad], strict=True):
+            for view, part in zip(views, matrices_of(name, grad), strict=True):
                 view.grad = part
         norm = nn.utils.clip_grad_norm_([view for views in self.views for view in views], 1.0)
         for optimiser in self.optimisers:
@@ -268,7 +277,7 @@ def train(trainer: Trainer, stream: Tensor, held_out: Tensor, minutes: float) ->
 
 
 def export(model: DeepSeekModel, out: Path, directory: Path) -> None:
-    """Writes the Hugging Face layout: expert weights in FP8 blocks with `weight_scale_inv`, routers fp32, the rest bf16."""
+    """Writes the Hugging Face layout: experts in FP8 blocks with `weight_scale_inv`, routers fp32, the rest bf16."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for target in targets(model):
