@@ -11,14 +11,16 @@ to one shared row of C + R values a token and nothing is expanded:
     absorbed   score = (W_UK^T q_nope) . c + q_rope . k_rope      out = W_UV (sum p c)
 
 A decoded token's bits depend neither on the other sequences of the step nor on how many tokens of its own sequence are
-verified beside it: every product has a fixed shape or rows that do not depend on their company. On a CPU the absorbed form is computed in float32
-whatever the model's dtype: its products are small, and oneDNN's bfloat16 ones take three times as long.
+verified beside it: every product has a fixed shape or rows that do not depend on their company. On a CPU the absorbed
+form is computed in float32 whatever the model's dtype: its products are small, and oneDNN's bfloat16 ones take three
+times as long.
 """
 
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from crossdock.linear import linear
@@ -94,8 +96,9 @@ class MLA(nn.Module):
 
     def _whole(self, q_THQ: Tensor, latent_TC: Tensor, sequences: int) -> Tensor:
         k_THQ, v_THV = self._expand(latent_TC)
-        q, k, v = (t.view(sequences, -1, *t.shape[1:]).transpose(1, 2) for t in (q_THQ, k_THQ, v_THV))
-        return self._attend(q, k, v, None).transpose(1, 2).reshape(len(q_THQ), self.heads * self.value)
+        q, k, v = (rearrange(t, "(s j) h q -> s h j q", s=sequences) for t in (q_THQ, k_THQ, v_THV))
+        y_TX: Tensor = rearrange(self._attend(q, k, v, None), "s h j v -> (s j) (h v)")
+        return y_TX
 
     def _plain(self, q_THQ: Tensor, latent_JC: Tensor, span: Span) -> Tensor:
         """Tokens of a prompt, [T, H * V]."""
