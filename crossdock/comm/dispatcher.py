@@ -44,8 +44,9 @@ class Dispatcher:
     def __init__(self, transport: Transport, num_slots: int, hidden_size: int, dtype: torch.dtype) -> None:
         if num_slots < 1 or num_slots % transport.world_size:
             raise ConfigError(f"{num_slots} slots do not divide over {transport.world_size} ranks")
-        if dtype not in DTYPES:
-            raise ConfigError(f"rows can be {', '.join(map(str, DTYPES))}, found {dtype}")
+        if dtype not in DTYPES or hidden_size < 1:
+            found = f"{hidden_size} values of {dtype}"
+            raise ConfigError(f"rows can be at least one value of {', '.join(map(str, DTYPES))}, found {found}")
         self.transport, self.num_slots, self.hidden_size, self.dtype = transport, num_slots, hidden_size, dtype
         self.layer = transport.register()
         self.step = 0
@@ -55,9 +56,9 @@ class Dispatcher:
 
         Raises ConfigError for an id out of range, PlanMismatch where ranks are not in the same exchange.
         """
-        if slot_ids_TK.dim() != 2 or slot_ids_TK.dtype != torch.int64:
+        if slot_ids_TK.dim() != 2 or slot_ids_TK.dtype != torch.int64 or slot_ids_TK.shape[1] < 1:
             found = f"{slot_ids_TK.dtype} {tuple(slot_ids_TK.shape)}"
-            raise ConfigError(f"slot_ids must be int64 [T, K], found {found}")
+            raise ConfigError(f"slot_ids must be int64 [T, K] with K at least 1, found {found}")
         outgoing = plan_outgoing(slot_ids_TK, self.num_slots)
         self.step += 1
         transport = self.transport
@@ -78,7 +79,7 @@ class Dispatcher:
         return complete_plan(outgoing, [values[len(HEADER) :] for values in gathered], transport.rank, self.step)
 
     def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> Inbound:
-        """Sends x[t] to each slot chosen for t. Differentiable. Raises ConfigError for a shape or dtype not announced."""
+        """Sends x[t] to each slot chosen for t. Differentiable. Raises ConfigError for another shape or dtype."""
         return self.dispatch_async(x_TD, plan).wait()
 
     def dispatch_async(self, x_TD: Tensor, plan: DispatchPlan) -> Pending[Inbound]:

@@ -72,7 +72,8 @@ def _loop(rows_RA: Tensor, weights_LAB: Tensor, spans: list[tuple[int, int, int]
     quantum = ROW_QUANTUM if rows_RA.dtype == torch.float32 and rows_RA.device.type == "cpu" else 1
     out_RB = rows_RA.new_empty(count + quantum - 1, weights_LAB.shape[2])
     if inner % quantum:  # the inner size matters too: see crossdock.linear
-        rows_RA, weights_LAB = F.pad(rows_RA, (0, -inner % quantum)), F.pad(weights_LAB, (0, 0, 0, -inner % quantum))
+        rows_RA = F.pad(rows_RA, (0, -inner % quantum))
+        weights_LAB = F.pad(weights_LAB.transpose(1, 2), (0, -inner % quantum)).transpose(1, 2)
     source_RA, base = rows_RA, 0
     for group, start, end in spans:
         rows = -(-(end - start) // quantum) * quantum

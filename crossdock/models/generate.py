@@ -14,6 +14,7 @@ alone, and d4's row is used only where it is that very token (exact for greedy a
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from crossdock.comm.transport import Transport
-from crossdock.errors import ConfigError
+from crossdock.errors import ConfigError, CrossdockError
 from crossdock.models.cache import Batch, PagedCache, Sequence, Span
 from crossdock.models.sampling import Sampling, sample
 
@@ -142,6 +143,8 @@ class _Generator:
         """Samples after each row until one differs from the draft fed behind it; returns the tokens gained."""
         gained = 0
         for logits_V in logits_RV:
+            if math.isnan(float(logits_V.sum())):
+                raise CrossdockError(f"prompt {a.prompt}: the logits after {len(a.ids)} tokens are not finite")
             token = sample(logits_V, self.sampling, a.prompt, len(a.ids))
             a.hasher.update(logits_V.detach().cpu().contiguous().numpy().tobytes())
             a.ids.append(token)
@@ -222,7 +225,7 @@ def generate(
     A sequence ends at a stop id, after max_new_tokens, or where the model's context does. `dtype` is the cache's.
     `on_token(prompt, token)` is called on the rank that owns the prompt. Raises ConfigError for a prompt that is empty,
     longer than the context or holds an id outside the vocabulary, for max_new_tokens below 1, and for `speculate` on a
-    model without an MTP layer.
+    model without an MTP layer, CrossdockError for logits that are not finite.
     """
     _check(model, prompts, max_new_tokens, speculate)
     run = _Generator(

@@ -36,7 +36,8 @@ def sample(logits_V: Tensor, sampling: Sampling, prompt: int, position: int) -> 
     """fp32 logits [V] -> token id, for the token at `position` of prompt number `prompt`."""
     if sampling.temperature == 0.0:
         return int(logits_V.argmax())
-    logits, ids = (logits_V.float().cpu() / sampling.temperature).sort(descending=True, stable=True)
+    logits_V = logits_V.double().cpu()
+    logits, ids = ((logits_V - logits_V.max()) / sampling.temperature).sort(descending=True, stable=True)
     if sampling.top_k:
         logits = logits[: sampling.top_k]
     probs = logits.softmax(-1)

@@ -44,10 +44,8 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "expert_size", "num_experts", "top_k", "num_groups", "top_groups"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"MoEConfig.{name} must be at least 1, found {getattr(self, name)}")
-        if self.shared_size < 0:
-            raise ConfigError(f"MoEConfig.shared_size must be at least 0, found {self.shared_size}")
+            _check_integer(name, getattr(self, name), 1)
+        _check_integer("shared_size", self.shared_size, 0)
         if self.num_experts % self.num_groups:
             raise ConfigError(f"num_experts {self.num_experts} is no multiple of num_groups {self.num_groups}")
         if self.top_groups > self.num_groups:
@@ -59,3 +57,8 @@ class MoEConfig:
             )
         if self.shared_gate and not self.shared_size:
             raise ConfigError("shared_gate is set but shared_size is 0")
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"MoEConfig.{name} must be an integer of at least {least}, found {value!r}")

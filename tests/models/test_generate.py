@@ -8,10 +8,10 @@ import torch
 
 from crossdock import LocalWorld, generate, load_model
 from crossdock.comm import LocalTransport, Transport
-from crossdock.errors import ConfigError
+from crossdock.errors import ConfigError, CrossdockError
 from crossdock.models.generate import Generation
 from crossdock.models.sampling import Sampling
-from tests.models.checkpoints import add_mtp, save
+from tests.models.checkpoints import add_mtp, edit, save
 
 PROMPTS = [[5, 17, 9, 33, 21, 4, 8], [3, 1, 4], [2, 7, 1, 8, 2, 8]]
 
@@ -97,6 +97,18 @@ def test_tokens_are_told_as_they_come(plain: Path) -> None:
 def test_bad_input_is_named(plain: Path, prompts: list[list[int]], options: dict[str, Any], names: str) -> None:
     with pytest.raises(ConfigError, match=names):
         run(plain, LocalTransport(), prompts, **options)
+
+
+def test_logits_that_are_not_finite_end_it(tmp_path: Path) -> None:
+    save("deepseek_v3", tmp_path)
+    edit(tmp_path, {"lm_head.weight": torch.full((97, 64), float("nan"))})
+    with pytest.raises(CrossdockError, match="prompt 0: the logits after 7 tokens are not finite"):
+        run(tmp_path, LocalTransport())
+
+
+def test_a_temperature_near_zero_is_greedy(plain: Path) -> None:
+    expected = run(plain, LocalTransport()).outputs
+    assert run(plain, LocalTransport(), sampling=Sampling(temperature=1e-300)).outputs == expected
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])

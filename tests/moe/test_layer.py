@@ -217,7 +217,8 @@ def as_sent(x_K: Tensor) -> Tensor:
         ({"top_k": 9}, "top_k 9 is more than the 4 experts in top_groups 2"),
         ({"num_groups": 3}, "num_experts 8 is no multiple of num_groups 3"),
         ({"top_groups": 5}, "top_groups 5 is more than num_groups 4"),
-        ({"hidden_size": 0}, "hidden_size must be at least 1, found 0"),
+        ({"top_k": 2.0}, "top_k must be an integer of at least 1, found 2.0"),
+        ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, found 0"),
         ({"shared_gate": True, "shared_size": 0}, "shared_size is 0"),
     ],
 )
