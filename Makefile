@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	@$(BIN)/crossdock generate --ranks 4 --speculate
+	@$(BIN)/crossdock generate --ranks 4
 
 test: setup
 	$(BIN)/python -m pytest -q

@@ -58,6 +58,8 @@ def _globals(
     ] = False,
 ) -> None:
     ctx.obj.debug = debug
+    if not debug:  # torch tells of a lost connection in 30 lines of C++ frames, beside the one line that we print
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 app.command()(generate)

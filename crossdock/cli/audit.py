@@ -4,8 +4,10 @@ The compiling happens in two worker processes (audit_worker.py) with TRITON_INTE
 whether kernels are compiled or interpreted.
 """
 
+import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
@@ -69,51 +71,46 @@ def audit(
 
 def _compile(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields what the workers say, in the order they say it. Raises CrossdockError where one dies."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    workers: list[subprocess.Popen[str]] = []
+    with contextlib.ExitStack() as opened:
+        logs: list[IO[bytes]] = [opened.enter_context(tempfile.TemporaryFile()) for _ in range(WORKERS)]
+        try:
+            for number, log in enumerate(logs):
+                workers.append(_start(job | {"shard": number, "of": WORKERS}, log, lines))
+            open_pipes = WORKERS
+            while open_pipes:
+                line = lines.get()
+                if line:
+                    yield json.loads(line)
+                else:
+                    open_pipes -= 1
+            for worker, log in zip(workers, logs, strict=True):
+                if worker.wait():
+                    log.seek(0)
+                    last = (log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+                    raise CrossdockError(f"a compile worker ended with exit code {worker.returncode}: {last}")
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+
+
+def _start(share: dict[str, Any], log: IO[bytes], lines: "queue.SimpleQueue[str]") -> "subprocess.Popen[str]":
+    """Starts a worker whose lines go to `lines`, an empty one when it has said all."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    lines: list[str] = []
-    ready = threading.Condition()
-    workers = []
-    logs: list[IO[bytes]] = []
+    command = [sys.executable, "-m", "crossdock.cli.audit_worker", json.dumps(share)]
+    worker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+    pipe = worker.stdout
+    assert pipe is not None
 
-    def read(pipe: IO[str]) -> None:
+    def read() -> None:
         for line in pipe:
-            with ready:
-                lines.append(line)
-                ready.notify()
-        with ready:
-            lines.append("")  # this worker has said all
-            ready.notify()
+            lines.put(line)
+        lines.put("")
 
-    for number in range(WORKERS):
-        share = json.dumps(job | {"shard": number, "of": WORKERS})
-        command = [sys.executable, "-m", "crossdock.cli.audit_worker", share]
-        logs.append(tempfile.TemporaryFile())  # noqa: SIM115 (closed below, with the workers)
-        worker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=logs[-1], text=True)
-        assert worker.stdout is not None
-        threading.Thread(target=read, args=(worker.stdout,), daemon=True).start()
-        workers.append(worker)
-    try:
-        open_pipes = WORKERS
-        while open_pipes:
-            with ready:
-                while not lines:
-                    ready.wait()
-                line = lines.pop(0)
-            if line:
-                yield json.loads(line)
-            else:
-                open_pipes -= 1
-        for worker, log in zip(workers, logs, strict=True):
-            if worker.wait():
-                log.seek(0)
-                last = (log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-                raise CrossdockError(f"a compile worker ended with exit code {worker.returncode}: {last}")
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-        for log in logs:
-            log.close()
+    threading.Thread(target=read, daemon=True).start()
+    return worker
 
 
 def _show(results: list[dict[str, Any]]) -> None:

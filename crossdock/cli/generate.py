@@ -48,8 +48,14 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0: from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    speculate: Annotated[bool, typer.Option(help="Draft with the model's MTP layer.")] = False,
-    timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in seconds.")] = 300.0,
+    speculate: Annotated[
+        bool | None,
+        typer.Option(
+            "--speculate/--no-speculate",
+            help="Draft with the MTP layer, which changes no token; by default where the checkpoint has one.",
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(max=1e6, help="Longest wait for another rank, in seconds.")] = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
     """Generates text, experts spread over the ranks."""
@@ -79,7 +85,7 @@ def _run(
     runtime: "Runtime",
     dtype: Dtype | None,
     sampling: "Sampling",
-    speculate: bool,
+    speculate: bool | None,
     quiet: bool,
 ) -> tuple["Loaded", "Generation"]:
     """Loads the model and generates; on rank 0 with a progress bar, and a single prompt's text as it comes."""
@@ -103,7 +109,7 @@ def _run(
         max_new_tokens=request.max_new_tokens,
         sampling=sampling,
         stop_ids=loaded.stop_ids,
-        speculate=speculate,
+        speculate=loaded.model.has_mtp if speculate is None else speculate,
         dtype=compute,
         device=group.device,
         on_token=stream,

@@ -4,6 +4,7 @@ The launcher of `--ranks` and every rank read the request the same way, so most 
 """
 
 import json
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 from crossdock.errors import CheckpointError, ConfigError
 
 DEFAULT_NEW_TOKENS = 64
+ID = re.compile(r"[+-]?[0-9]+")  # int() takes 5_0 and the digits of every script besides
 EXAMPLE_PROMPT = "def binary_search(items, target):\n"
 
 
@@ -39,7 +41,7 @@ def example_directory() -> Path:
 
 
 def read_request(
-    checkpoint: Path | None, texts: list[str], id_lists: list[str], max_new_tokens: int | None, speculate: bool
+    checkpoint: Path | None, texts: list[str], id_lists: list[str], max_new_tokens: int | None, speculate: bool | None
 ) -> Request:
     """Finds the checkpoint (the bundled one by default) and turns prompts into ids: texts first, then `--prompt-ids`.
 
@@ -54,7 +56,7 @@ def read_request(
             raise typer.BadParameter("nothing to generate from: give --prompt TEXT or --prompt-ids IDS")
         texts = [EXAMPLE_PROMPT]
     tokenizer = _tokenizer(directory, needed=bool(texts))
-    prompts = [tokenizer.encode(text).ids for text in texts] if tokenizer else []
+    prompts = [_encode(tokenizer, number, text) for number, text in enumerate(texts)] if tokenizer else []
     prompts += prompts_given
     _check_ids(prompts, config.get("vocab_size"))
     new_tokens = _new_tokens(prompts, config.get("max_position_embeddings"), max_new_tokens)
@@ -68,10 +70,10 @@ def read_request(
 
 def parse_ids(text: str) -> list[int]:
     """ "5,17,9" -> [5, 17, 9]; raises typer.BadParameter where a piece is no integer."""
-    try:
-        return [int(piece) for piece in text.split(",")] if text.strip() else []
-    except ValueError:
-        raise typer.BadParameter(f"--prompt-ids must be integers separated by commas, found {text!r}") from None
+    pieces = [piece.strip() for piece in text.split(",")] if text.strip() else []
+    if not all(ID.fullmatch(piece) for piece in pieces):
+        raise typer.BadParameter(f"--prompt-ids must be integers separated by commas, found {text!r}")
+    return [int(piece) for piece in pieces]
 
 
 def read_config_json(directory: Path, *, bundled: bool = False) -> dict[str, Any]:
@@ -107,6 +109,15 @@ def _tokenizer(directory: Path, *, needed: bool) -> Tokenizer | None:
         raise CheckpointError(f"{path} is no tokenizer that can be read: {error}") from None
 
 
+def _encode(tokenizer: Tokenizer, number: int, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8 arrive as lone surrogates
+        raise ConfigError(f"prompt {number} is not valid UTF-8 at character {error.start}: {text!r}") from None
+    ids: list[int] = tokenizer.encode(text).ids
+    return ids
+
+
 def _check_ids(prompts: list[list[int]], vocabulary: int | None) -> None:
     for number, ids in enumerate(prompts):
         if not ids:
@@ -120,7 +131,7 @@ def _check_ids(prompts: list[list[int]], vocabulary: int | None) -> None:
 def _new_tokens(prompts: list[list[int]], context: int | None, wanted: int | None) -> int:
     """Tokens to generate: what was asked for, which must fit into the context, or the default as far as it fits."""
     number, longest = max(enumerate(map(len, prompts)), key=lambda item: item[1])
-    room = context - longest if isinstance(context, int) else DEFAULT_NEW_TOKENS
+    room = context - longest + 1 if isinstance(context, int) else DEFAULT_NEW_TOKENS
     if room < 1:
         raise ConfigError(
             f"prompt {number} has {longest} tokens, which leaves no room in the model's context of {context} "

@@ -9,6 +9,7 @@ import torch
 
 from crossdock.cli.launch import cores
 from crossdock.comm import Transport, make_transport
+from crossdock.errors import ConfigError
 from crossdock.parallel import EPGroup, init
 
 
@@ -24,7 +25,7 @@ class Runtime:
 @contextmanager
 def join_ranks(device: str | None, transport: str, timeout_s: float) -> Iterator[Runtime]:
     """Joins the other ranks and leaves the group afterwards, but not after an error: leaving could wait for them."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_ranks = _local_ranks()
     if local_ranks > 1:  # ranks of one machine share its cores
         torch.set_num_threads(min(torch.get_num_threads(), max(1, cores() // local_ranks)))
     chosen, why_device = choose_device(device, local_ranks)
@@ -35,9 +36,21 @@ def join_ranks(device: str | None, transport: str, timeout_s: float) -> Iterator
     group.close()
 
 
+def _local_ranks() -> int:
+    value = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"environment variable LOCAL_WORLD_SIZE must be an integer of at least 1, found {value!r}")
+    return int(value)
+
+
 def choose_device(device: str | None, local_ranks: int) -> tuple[str, str]:
-    """("cpu" or "cuda", why): a GPU where every rank of this machine can have one of its own."""
+    """("cpu" or "cuda", why): a GPU where every rank of this machine can have one of its own.
+
+    Raises ConfigError where another kind of device is asked for.
+    """
     if device is not None:
+        if device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ConfigError(f"--device must be cpu or cuda, found {device!r}")
         return device, "asked for"
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus >= local_ranks:

@@ -34,10 +34,11 @@ class TextStream:
         self.request, self.out = request, out
         self.ids: list[int] = []
         self.printed = ""
-        start = request.text(request.prompts[0])
-        self._write(f"prompt {request.prompts[0]}\n" if start is None else start)
 
     def __call__(self, prompt: int, token: int) -> None:
+        if not self.ids:  # not before: until then the request may still fail
+            start = self.request.text(self.request.prompts[0])
+            self._write(f"prompt {self.request.prompts[0]}\n" if start is None else start)
         self.ids.append(token)
         text = self.request.text(self.ids)
         if text is None:

@@ -1,12 +1,15 @@
 """Options that cannot work: one line on stderr, the right exit code, nothing on stdout."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from crossdock.cli.request import parse_ids
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, start
 
 
 @pytest.mark.parametrize(
@@ -14,6 +17,7 @@ from tests.cli.conftest import Run
     [
         (["--prompt-ids", "5,x"], 2, "must be integers separated by commas, found '5,x'"),
         (["--prompt-ids", "5,"], 2, "must be integers separated by commas, found '5,'"),
+        (["--prompt-ids", "5_0"], 2, "must be integers separated by commas, found '5_0'"),
         (["--prompt-ids", "5", "--max-new-tokens", "-3"], 2, "'--max-new-tokens'"),
         (["--prompt-ids", "5", "--ranks", "0"], 2, "'--ranks'"),
         (["--prompt-ids", "5", "--dtype", "int8"], 2, "'int8' is not one of 'float32', 'bfloat16'"),
@@ -23,7 +27,7 @@ from tests.cli.conftest import Run
         (["--prompt-ids", ""], 1, "prompt 0 is empty"),
         (["--prompt-ids", "5,100"], 1, "token id 100 is outside the vocabulary, expected in 0..99"),
         (["--prompt-ids", "1", "--prompt-ids=-1"], 1, "prompt 1: token id -1 is outside the vocabulary"),
-        (["--prompt-ids", "1,2,3", "--max-new-tokens", "30"], 1, "prompt 0 has 3 tokens and 30 new ones"),
+        (["--prompt-ids", "1,2,3", "--max-new-tokens", "31"], 1, "prompt 0 has 3 tokens and 31 new ones"),
         (["--prompt-ids", ",".join(["1"] * 32)], 1, "prompt 0 has 32 tokens, which leaves no room"),
         (["--prompt", "hello"], 1, "tokenizer.json, which is missing"),
         (
@@ -34,7 +38,9 @@ from tests.cli.conftest import Run
         (["--prompt-ids", "5", "--top-p", "2"], 1, "top_p must be in (0, 1], found 2.0"),
         (["--prompt-ids", "5", "--transport", "pigeon"], 1, "'pigeon'"),
         (["--prompt-ids", "5", "--device", "tpu"], 1, "'tpu'"),
+        (["--prompt-ids", "5", "--device", "mps"], 1, "--device must be cpu or cuda, found 'mps'"),
         (["--prompt-ids", "5", "--timeout", "0"], 1, "timeout_s must be above 0"),
+        (["--prompt-ids", "5", "--timeout", "nan"], 2, "'--timeout'"),
     ],
 )
 def test_bad_option(run: Run, checkpoint: Path, options: list[str], code: int, message: str) -> None:
@@ -73,8 +79,32 @@ def test_ranks_under_torchrun(run: Run, checkpoint: Path, monkeypatch: pytest.Mo
     assert err.startswith("error: rank 1: --ranks starts the ranks itself") and len(err.splitlines()) == 1
 
 
+def test_a_launcher_that_counts_its_local_ranks_in_words(
+    run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
+    code, out, err = run("generate", str(checkpoint), "--prompt-ids", "5")
+    assert (code, out) == (1, "")
+    assert err == "error: environment variable LOCAL_WORLD_SIZE must be an integer of at least 1, found 'two'\n"
+
+
+def test_a_prompt_of_bytes_that_are_no_text(run: Run, checkpoint: Path) -> None:
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(checkpoint / "tokenizer.json"))
+    code, out, err = run("generate", str(checkpoint), "--prompt", "a", "--prompt", "a\udc80")
+    assert (code, out) == (1, "") and "prompt 1 is not valid UTF-8 at character 1" in err and "internal" not in err
+
+
+def test_ranks_that_cannot_meet_say_so_in_one_line(checkpoint: Path) -> None:
+    """And torch's C++ log stays silent."""
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "no.such.host", "MASTER_PORT": "29500"}
+    process = start("generate", str(checkpoint), "--prompt-ids", "5", "--timeout", "1", env=os.environ | place)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, len(err.splitlines())) == (1, "", 1), err
+    assert err.startswith("error: rank 1: ") and "no.such.host:29500" in err
+
+
 def test_ids() -> None:
-    assert parse_ids("5,17, 9") == [5, 17, 9]
+    assert parse_ids("5,17, 9,+1,-2") == [5, 17, 9, 1, -2]
     assert parse_ids(" ") == []
 
 

@@ -44,6 +44,7 @@ def test_a_text_that_ends_in_half_a_character_is_shown_at_the_end() -> None:
 def test_ids_where_there_is_no_tokenizer() -> None:
     out = io.StringIO()
     stream = TextStream(Request(Path(), {}, None, [[5, 6]], 8), out)
+    assert out.getvalue() == ""  # nothing is on stdout if the first step fails
     stream(0, 7)
     stream.close()
     assert out.getvalue() == "prompt [5, 6]\n7 \n"

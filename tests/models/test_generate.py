@@ -115,3 +115,21 @@ def test_a_temperature_near_zero_is_greedy(plain: Path) -> None:
 def test_sampling_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Sampling(**options)
+
+
+def test_decoding_follows_a_changed_weight(plain: Path) -> None:
+    """What decoding derives from weights is derived anew when they change."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(plain, LocalTransport(), dtype=dtype).model
+        other = load_model(plain, LocalTransport(), dtype=dtype).model
+        generate(model, PROMPTS, LocalTransport(), max_new_tokens=4, dtype=dtype)
+        for changed in (model, other):
+            weight = changed.layers[1].self_attn.kv_b_proj.weight  # type: ignore[union-attr]
+            weight.data.copy_(weight.flip(0))
+        found = generate(model, PROMPTS, LocalTransport(), max_new_tokens=12, dtype=dtype)
+        assert found.outputs == generate(other, PROMPTS, LocalTransport(), max_new_tokens=12, dtype=dtype).outputs
+        for changed in (model, other):
+            weight = changed.layers[1].self_attn.kv_b_proj.weight  # type: ignore[union-attr]
+            weight.data = weight.flip(0)
+        found = generate(model, PROMPTS, LocalTransport(), max_new_tokens=12, dtype=dtype)
+        assert found.outputs == generate(other, PROMPTS, LocalTransport(), max_new_tokens=12, dtype=dtype).outputs

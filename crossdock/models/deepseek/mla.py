@@ -55,7 +55,6 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS, dtype, device)
         self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value), dtype, device)
         self.o_proj = Linear(self.heads * self.value, size_D, dtype, device, bias)
-        self._absorbed_weights: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: PagedCache | None) -> Tensor:
         """[T, D] -> [T, D]. Writes this step's latents to `cache`; without one, spans are whole sequences."""
@@ -75,7 +74,7 @@ class MLA(nn.Module):
         for span in batch.spans:
             q, latent_JC = q_THQ[span.start : span.stop], cache.read(self.layer, span.rows)
             out.append(
-                self._absorbed(q, latent_JC, span, cache.page_size) if span.decode else self._plain(q, latent_JC, span)
+                self._decode(q, latent_JC, span, cache.page_size) if span.decode else self._plain(q, latent_JC, span)
             )
         y_TD = self.o_proj(torch.cat(out) if out else x_TD.new_empty(0, self.heads * self.value))
         return y_TD
@@ -109,7 +108,7 @@ class MLA(nn.Module):
             mask = torch.ones(tokens, span.context, dtype=torch.bool, device=q.device).tril(span.context - tokens)
         return self._attend(q, k, v, mask)[0].transpose(0, 1).reshape(tokens, self.heads * self.value)
 
-    def _absorbed(self, q_THQ: Tensor, latent_JC: Tensor, span: Span, page_size: int) -> Tensor:
+    def _decode(self, q_THQ: Tensor, latent_JC: Tensor, span: Span, page_size: int) -> Tensor:
         """Tokens that continue a sequence, [T, H * V]; those whose contexts end in the same page go together."""
         w_HNC, w_HCV = self._weights_to_absorb()
         latent_JC = latent_JC.to(w_HNC.dtype)
@@ -138,9 +137,11 @@ class MLA(nn.Module):
         return [torch.bmm(mean_HC[:, None], w_HCV).flatten() for mean_HC in torch.split(mean_XC, self.heads)]
 
     def _weights_to_absorb(self) -> tuple[Tensor, Tensor]:
-        """W_UK [H, N, C] and W_UV transposed, [H, C, V]; on a CPU in float32, converted once."""
-        if self._absorbed_weights is None:
-            w_HXC = self.kv_b_proj.weight.detach().view(self.heads, self.nope + self.value, self.latent)
-            w_HXC = w_HXC.float() if w_HXC.device.type == "cpu" else w_HXC
-            self._absorbed_weights = w_HXC[:, : self.nope], w_HXC[:, self.nope :].transpose(1, 2)
-        return self._absorbed_weights
+        """W_UK [H, N, C] and W_UV transposed, [H, C, V]; on a CPU in float32.
+
+        Converted in every step: a copy kept would be stale after a change of the weight, which torch does not tell of
+        where it is made through `.data`.
+        """
+        w_HXC = self.kv_b_proj.weight.detach().view(self.heads, self.nope + self.value, self.latent)
+        w_HXC = w_HXC.float() if w_HXC.device.type == "cpu" else w_HXC
+        return w_HXC[:, : self.nope], w_HXC[:, self.nope :].transpose(1, 2)
