@@ -57,6 +57,7 @@ class PagedCache:
         self, layers: int, width: int, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.data = torch.zeros(layers, num_pages * page_size, width, dtype=dtype, device=device)
+        self.derived: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, of weights: valid as long as the rows kept are
         self.page_size = page_size
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))

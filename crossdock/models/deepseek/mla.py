@@ -73,9 +73,7 @@ class MLA(nn.Module):
         out = []
         for span in batch.spans:
             q, latent_JC = q_THQ[span.start : span.stop], cache.read(self.layer, span.rows)
-            out.append(
-                self._decode(q, latent_JC, span, cache.page_size) if span.decode else self._plain(q, latent_JC, span)
-            )
+            out.append(self._decode(q, latent_JC, span, cache) if span.decode else self._plain(q, latent_JC, span))
         y_TD = self.o_proj(torch.cat(out) if out else x_TD.new_empty(0, self.heads * self.value))
         return y_TD
 
@@ -108,16 +106,18 @@ class MLA(nn.Module):
             mask = torch.ones(tokens, span.context, dtype=torch.bool, device=q.device).tril(span.context - tokens)
         return self._attend(q, k, v, mask)[0].transpose(0, 1).reshape(tokens, self.heads * self.value)
 
-    def _decode(self, q_THQ: Tensor, latent_JC: Tensor, span: Span, page_size: int) -> Tensor:
+    def _decode(self, q_THQ: Tensor, latent_JC: Tensor, span: Span, cache: PagedCache) -> Tensor:
         """Tokens that continue a sequence, [T, H * V]; those whose contexts end in the same page go together."""
-        w_HNC, w_HCV = self._weights_to_absorb()
+        w_HNC, w_HCV = self._weights_to_absorb(cache)
         latent_JC = latent_JC.to(w_HNC.dtype)
         q_THQ = q_THQ.to(w_HNC.dtype) * self.scale
         contexts = range(span.context - len(q_THQ) + 1, span.context + 1)
         out = []
-        for pages, group in groupby(zip(q_THQ.unbind(0), contexts, strict=True), lambda item: -(-item[1] // page_size)):
+        for pages, group in groupby(
+            zip(q_THQ.unbind(0), contexts, strict=True), lambda item: -(-item[1] // cache.page_size)
+        ):
             queries, ends = zip(*group, strict=True)
-            out += self._over_pages(queries, ends, latent_JC[: pages * page_size], w_HNC, w_HCV)
+            out += self._over_pages(queries, ends, latent_JC[: pages * cache.page_size], w_HNC, w_HCV)
         return torch.stack(out).to(self.kv_b_proj.weight.dtype)
 
     def _over_pages(
@@ -136,12 +136,10 @@ class MLA(nn.Module):
         mean_XC = linear(probs_XJ, latent_JC[:, : self.latent].T)
         return [torch.bmm(mean_HC[:, None], w_HCV).flatten() for mean_HC in torch.split(mean_XC, self.heads)]
 
-    def _weights_to_absorb(self) -> tuple[Tensor, Tensor]:
-        """W_UK [H, N, C] and W_UV transposed, [H, C, V]; on a CPU in float32.
-
-        Converted in every step: a copy kept would be stale after a change of the weight, which torch does not tell of
-        where it is made through `.data`.
-        """
-        w_HXC = self.kv_b_proj.weight.detach().view(self.heads, self.nope + self.value, self.latent)
-        w_HXC = w_HXC.float() if w_HXC.device.type == "cpu" else w_HXC
-        return w_HXC[:, : self.nope], w_HXC[:, self.nope :].transpose(1, 2)
+    def _weights_to_absorb(self, cache: PagedCache) -> tuple[Tensor, Tensor]:
+        """W_UK [H, N, C] and W_UV transposed, [H, C, V]; on a CPU in float32, converted once a cache."""
+        if self.layer not in cache.derived:
+            w_HXC = self.kv_b_proj.weight.detach().view(self.heads, self.nope + self.value, self.latent)
+            w_HXC = w_HXC.float() if w_HXC.device.type == "cpu" else w_HXC
+            cache.derived[self.layer] = w_HXC[:, : self.nope], w_HXC[:, self.nope :].transpose(1, 2)
+        return cache.derived[self.layer]
