@@ -28,7 +28,7 @@ from tests.cli.conftest import Run, start
         (["--prompt-ids", "5,100"], 1, "token id 100 is outside the vocabulary, expected in 0..99"),
         (["--prompt-ids", "1", "--prompt-ids=-1"], 1, "prompt 1: token id -1 is outside the vocabulary"),
         (["--prompt-ids", "1,2,3", "--max-new-tokens", "31"], 1, "prompt 0 has 3 tokens and 31 new ones"),
-        (["--prompt-ids", ",".join(["1"] * 32)], 1, "prompt 0 has 32 tokens, which leaves no room"),
+        (["--prompt-ids", ",".join(["1"] * 33)], 1, "prompt 0 has 33 tokens, which leaves no room"),
         (["--prompt", "hello"], 1, "tokenizer.json, which is missing"),
         (
             ["--prompt-ids", "5", "--speculate"],

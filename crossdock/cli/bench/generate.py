@@ -1,9 +1,11 @@
 """`bench generate`: prefill, decode and the memory of loading, against transformers on the same checkpoint.
 
 Each run is a process of its own (generate_worker.py) with the same number of threads; contenders take turns, and the
-median of each figure counts.
+median of each figure counts. `crossdock` drafts where the checkpoint has an MTP layer, as `crossdock generate` does;
+`crossdock_plain` does not.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -26,7 +28,7 @@ def generate(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 128,
-    dtype: Annotated[Dtype, typer.Option(help="What both compute in.")] = Dtype.float32,
+    dtype: Annotated[Dtype | None, typer.Option(help="What both compute in; the checkpoint's own by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process; one a core by default.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Processes of each contender.")] = 3,
     plot: Plot = None,
@@ -39,14 +41,14 @@ def generate(
     context = config.get("max_position_embeddings", 1 << 30)
     if prompt_tokens + new_tokens > context:
         raise ConfigError(f"{prompt_tokens} + {new_tokens} tokens are more than the model's context of {context}")
-    contenders = ["crossdock", *(["crossdock_mtp"] if config.get("num_nextn_predict_layers") else [])]
+    contenders = ["crossdock", *(["crossdock_plain"] if config.get("num_nextn_predict_layers") else [])]
     if _has_transformers():
         contenders.append("transformers")
     job = {
         "directory": str(directory),
-        "dtype": dtype.value,
+        "dtype": dtype.value if dtype else _own_dtype(config),
         "threads": threads or cores(),
-        "prompt": [(17 * i * i + 5 * i + 3) % config["vocab_size"] for i in range(prompt_tokens)],
+        "prompt": _prompt(directory, config["vocab_size"], prompt_tokens),
         "new_tokens": new_tokens,
     }
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
@@ -56,6 +58,23 @@ def generate(
             runs[name].append(_run(job | {"contender": name}))
     figures = {name: {key: median(run[key] for run in done) for key in done[0]} for name, done in runs.items()}
     deliver(_result(figures, job, prompt_tokens), "generate", as_json, plot)
+
+
+def _own_dtype(config: dict[str, Any]) -> str:
+    name = str(config.get("dtype") or config.get("torch_dtype"))
+    return name if name in Dtype.__members__ else Dtype.bfloat16.value
+
+
+def _prompt(directory: Path, vocab_size: int, tokens: int) -> list[int]:
+    """The start of a module of the standard library, or arbitrary ids where there is no tokenizer for it."""
+    arbitrary = [(17 * i * i + 5 * i + 3) % vocab_size for i in range(tokens)]
+    if not (directory / "tokenizer.json").is_file():
+        return arbitrary
+    from tokenizers import Tokenizer
+
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    ids: list[int] = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).ids
+    return ids[:tokens] if len(ids) >= tokens else arbitrary
 
 
 def _has_transformers() -> bool:

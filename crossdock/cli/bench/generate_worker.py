@@ -21,13 +21,14 @@ def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _crossdock(job: dict[str, Any], dtype: torch.dtype, speculate: bool) -> Callable[[], Figures]:
+def _crossdock(job: dict[str, Any], dtype: torch.dtype, plain: bool) -> Callable[[], Figures]:
     from crossdock.comm import LocalTransport
     from crossdock.models.generate import generate
     from crossdock.models.registry import load_model
 
     transport = LocalTransport()
     model: Any = load_model(job["directory"], transport, dtype=dtype).model
+    speculate = model.has_mtp and not plain
 
     def run() -> Figures:
         count = job["new_tokens"] + 1
@@ -79,7 +80,7 @@ def main() -> None:
     if job["contender"] == "transformers":
         run = _transformers(job, dtype)
     else:
-        run = _crossdock(job, dtype, speculate=job["contender"] == "crossdock_mtp")
+        run = _crossdock(job, dtype, plain=job["contender"] == "crossdock_plain")
     load_s, peak = time.perf_counter() - began, _peak_rss()
     run()
     prefill_s, decode_s = (min(figure) for figure in zip(run(), run(), strict=True))
