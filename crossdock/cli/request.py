@@ -17,7 +17,7 @@ from crossdock.errors import CheckpointError, ConfigError
 
 DEFAULT_NEW_TOKENS = 64
 ID = re.compile(r"[+-]?[0-9]+")  # int() takes 5_0 and the digits of every script besides
-EXAMPLE_PROMPT = "def binary_search(items, target):\n"
+EXAMPLE_PROMPT = "def read_config(path):"
 
 
 @dataclass(frozen=True)
