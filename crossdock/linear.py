@@ -33,4 +33,3 @@ def linear(x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     if rows == 1:
         return F.linear(x_MK.expand(ROW_QUANTUM, -1), w_NK, bias_N)[:1]
     return F.linear(F.pad(x_MK, (0, 0, 0, -rows % ROW_QUANTUM)), w_NK, bias_N)[:rows]
-

@@ -8,11 +8,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)  # tests are small, and several ranks' threads in one process would wait for one another
 
-from collections.abc import Iterator
+from collections.abc import Iterator  # noqa: E402
 
-import pytest
+import pytest  # noqa: E402
 
-from tests.launch import Ranks
+from tests.launch import Ranks  # noqa: E402
 
 
 @pytest.fixture
@@ -21,12 +21,12 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def ranks_of_two() -> Iterator["Ranks"]:
+def ranks_of_two() -> Iterator[Ranks]:
     with Ranks(2) as ranks:
         yield ranks
 
 
 @pytest.fixture(scope="session")
-def ranks_of_four() -> Iterator["Ranks"]:
+def ranks_of_four() -> Iterator[Ranks]:
     with Ranks(4) as ranks:
         yield ranks

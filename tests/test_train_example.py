@@ -1,4 +1,4 @@
-"""The script that trains the bundled checkpoint: resumed it equals uninterrupted, and what it writes loads and speaks."""
+"""The script that trains the bundled checkpoint: resumed it equals uninterrupted, and what it writes loads."""
 
 import importlib.util
 from pathlib import Path

@@ -5,7 +5,9 @@ A `LocalWorld` runs the same code as a cluster in a test, a notebook or a debugg
     LocalWorld(4).run(lambda transport: MoELayer(config, transport)(x_by_rank[transport.rank]))
 """
 
+import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from crossdock.comm.transport import Done, Pending, Then
-from crossdock.errors import CommTimeout, ConfigError, RankFailure
+from crossdock.errors import CommTimeout, ConfigError, PlanMismatch, RankFailure
 
 T = TypeVar("T")
 
@@ -41,20 +43,32 @@ class LocalTransport:
         return Done(rows_SD)
 
 
+@dataclass(frozen=True)
+class _Posted:
+    """What a rank brings to a collective, and the phase it is in; rows of two phases must not meet, integers may."""
+
+    kind: str
+    phase: str
+    payload: Any
+
+    def meets(self, other: "_Posted") -> bool:
+        return self.kind == other.kind and (self.kind == "integers" or self.phase == other.phase)
+
+
 @dataclass
 class _Board:
-    """Where virtual ranks leave what others read: one list of W payloads for each collective, in call order."""
+    """Where virtual ranks leave what others read: what W ranks brought to each collective, in call order."""
 
     world_size: int
     timeout_s: float
     changed: threading.Condition = field(default_factory=threading.Condition)
-    payloads: dict[int, dict[int, Any]] = field(default_factory=dict)
+    payloads: dict[int, dict[int, _Posted]] = field(default_factory=dict)
     readers: dict[int, int] = field(default_factory=dict)
     gone: dict[int, str] = field(default_factory=dict)
 
-    def post(self, turn: int, rank: int, payload: Any) -> None:
+    def post(self, turn: int, rank: int, posted: _Posted) -> None:
         with self.changed:
-            self.payloads.setdefault(turn, {})[rank] = payload
+            self.payloads.setdefault(turn, {})[rank] = posted
             self.changed.notify_all()
 
     def read(self, turn: int, rank: int, phase: str) -> list[Any]:
@@ -73,7 +87,10 @@ class _Board:
             self.readers[turn] = self.readers.get(turn, 0) + 1
             if self.readers[turn] == self.world_size:
                 del self.payloads[turn], self.readers[turn]
-            return [posted[r] for r in range(self.world_size)]
+        for r in range(self.world_size):
+            if not posted[r].meets(posted[rank]):
+                raise PlanMismatch(f"rank {rank}: {phase}: rank {r} is elsewhere: {posted[r].phase}")
+        return [posted[r].payload for r in range(self.world_size)]
 
     def leave(self, rank: int, why: str) -> None:
         with self.changed:
@@ -97,19 +114,19 @@ class VirtualTransport:
         self._users += 1
         return self._users - 1
 
-    def _post(self, payload: Any) -> int:
+    def _post(self, kind: str, phase: str, payload: Any) -> int:
         self._turn += 1
-        self._board.post(self._turn, self.rank, payload)
+        self._board.post(self._turn, self.rank, _Posted(kind, phase, payload))
         return self._turn
 
     def all_gather(self, values: list[int], phase: str) -> list[list[int]]:
-        turn = self._post(values)
+        turn = self._post("integers", phase, values)
         return self._board.read(turn, self.rank, phase)
 
     def all_to_all_rows(
         self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
     ) -> Pending[Tensor]:
-        turn = self._post(torch.split(rows_SD, send_counts))
+        turn = self._post("rows", phase, torch.split(rows_SD, send_counts))
 
         def finish() -> Tensor:
             return torch.cat([pieces[self.rank] for pieces in self._board.read(turn, self.rank, phase)])
@@ -150,6 +167,18 @@ class LocalWorld:
             thread.start()
         for thread in threads:
             thread.join()
-        if errors:  # the first cause, rather than a rank that lost its peer because of it
+        if errors:
+            _until_ended(threads)  # then the first cause, rather than a rank that lost its peer because of it
             raise min(errors.items(), key=lambda item: (isinstance(item[1], RankFailure), item[0]))[1]
         return [results[rank] for rank in range(self.world_size)]
+
+
+def _until_ended(threads: list[threading.Thread]) -> None:
+    """Waits up to a second until the system, too, has ended joined threads.
+
+    A join returns a moment earlier; what torch's autograd clears up in that moment, after an error in a backward, would
+    abort a process that is already exiting. Only Linux tells; elsewhere this waits for nothing.
+    """
+    deadline = time.monotonic() + 1.0
+    while any(os.path.exists(f"/proc/self/task/{t.native_id}") for t in threads) and time.monotonic() < deadline:
+        time.sleep(0.001)

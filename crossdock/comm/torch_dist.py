@@ -12,10 +12,11 @@ import time
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 
 from crossdock.comm.transport import Pending, Then
 from crossdock.errors import CommTimeout, ConfigError, CrossdockError, RankFailure
-from crossdock.parallel import EPGroup
+from crossdock.parallel import EPGroup, bounded
 
 ROLL_CALL_S = 2.0  # how long survivors of a failure wait for one another before they name who is missing
 
@@ -29,19 +30,25 @@ class TorchTransport:
         if group.process_group is None:
             raise ConfigError("transport 'torch' needs a process group: start with torchrun and call crossdock.init()")
         self.rank, self.world_size, self.timeout_s = group.rank, group.world_size, group.timeout_s
-        self._group = group.process_group
+        self._group = group  # asked for its process group at each call: a reference to that would outlive close()
         self._users = 0
+
+    def _process_group(self) -> dist.ProcessGroup:
+        if self._group.process_group is None:
+            raise ConfigError(f"rank {self.rank}: the group of this transport is closed")
+        return self._group.process_group
 
     def register(self) -> int:
         self._users += 1
         return self._users - 1
 
     def all_gather(self, values: list[int], phase: str) -> list[list[int]]:
+        group = self._process_group()
         mine = torch.tensor(values, dtype=torch.int64)
         gathered_WN = torch.empty(self.world_size, len(values), dtype=torch.int64)
         began = time.monotonic()
         try:
-            dist.all_gather(list(gathered_WN.unbind(0)), mine, group=self._group)
+            dist.all_gather(list(gathered_WN.unbind(0)), mine, group=group)
         except RuntimeError as error:
             raise self._explain(error, phase, began) from error
         rows: list[list[int]] = gathered_WN.tolist()
@@ -50,13 +57,12 @@ class TorchTransport:
     def all_to_all_rows(
         self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
     ) -> Pending[Tensor]:
+        group = self._process_group()
         bytes_SB = rows_SD.contiguous().view(torch.uint8)
         arrived_RB = bytes_SB.new_empty(sum(recv_counts), bytes_SB.shape[1])
         began = time.monotonic()
         try:
-            work = dist.all_to_all_single(
-                arrived_RB, bytes_SB, recv_counts, send_counts, group=self._group, async_op=True
-            )
+            work = dist.all_to_all_single(arrived_RB, bytes_SB, recv_counts, send_counts, group=group, async_op=True)
         except RuntimeError as error:
             raise self._explain(error, phase, began) from error
 
@@ -83,16 +89,30 @@ class TorchTransport:
         return RankFailure(f"rank {self.rank}: {phase}: the exchange broke: {str(error).splitlines()[0]}")
 
     def _missing(self) -> list[int]:
-        """Ranks that do not sign in at the store within ROLL_CALL_S of this rank's own signature."""
-        keys = [f"crossdock/alive/{rank}" for rank in range(self.world_size)]
+        """Ranks that do not sign in at the store soon; rank 0 where the store, which lives there, gives no answer."""
+        seen = {self.rank}
         try:
-            store = dist.distributed_c10d._get_default_store()
-            store.set(keys[self.rank], "1")
-            deadline = time.monotonic() + ROLL_CALL_S
-            missing = list(range(self.world_size))
-            while missing and time.monotonic() < deadline:
-                missing = [rank for rank in missing if not store.check([keys[rank]])]
-                time.sleep(0.02)
-            return missing
-        except (RuntimeError, dist.DistError):  # the store lived in a rank that is gone: rank 0
-            return [0] if self.rank else []
+            bounded(lambda: self._roll_call(seen), 2 * ROLL_CALL_S + 1.0)
+        except TimeoutError:
+            return [0]
+        except (RuntimeError, dist.DistError):  # rank 0 is gone: before the failure, or with its own roll call done
+            if 0 not in seen:
+                return [0]
+        return [rank for rank in range(self.world_size) if rank not in seen]
+
+    def _roll_call(self, seen: set[int]) -> None:
+        """Signs in, and adds to `seen` who else does within ROLL_CALL_S; rank 0 stays until they have seen as much."""
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"crossdock/alive/{self.rank}", "1")
+        self._look(store, "alive", set(range(self.world_size)), seen)
+        store.set(f"crossdock/looked/{self.rank}", "1")
+        if self.rank == 0:
+            self._look(store, "looked", set(seen), set())
+
+    def _look(self, store: Store, what: str, expected: set[int], seen: set[int]) -> None:
+        deadline = time.monotonic() + ROLL_CALL_S
+        while expected - seen and time.monotonic() < deadline:
+            for rank in sorted(expected - seen):
+                if store.check([f"crossdock/{what}/{rank}"]):
+                    seen.add(rank)
+            time.sleep(0.02)

@@ -43,7 +43,8 @@ class Transport(Protocol):
     """One rank's way to the others. Every method is a collective: all ranks call it in the same order.
 
     `timeout_s` bounds every wait in seconds; a wait that runs out raises CommTimeout, and a rank found dead raises
-    RankFailure, both naming `phase`. Rows handed over are not written to until every rank has waited for them.
+    RankFailure, both naming `phase`; after either the transport is of no further use. Rows handed over are not written
+    to until every rank has waited for them.
     """
 
     @property
@@ -60,7 +61,7 @@ class Transport(Protocol):
         ...
 
     def all_gather(self, values: list[int], phase: str) -> list[list[int]]:
-        """Every rank's int64 values, by rank; all ranks give equally many."""
+        """Every rank's int64 values, by rank; all ranks must give equally many, which is not checked."""
         ...
 
     def all_to_all_rows(

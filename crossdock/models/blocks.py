@@ -5,7 +5,6 @@ Legend: T tokens, D hidden, H heads, R rotary width of a head.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from crossdock.errors import ConfigError
 from crossdock.linear import linear
+from crossdock.models.fields import Fields
 
 
 class RMSNorm(nn.Module):
@@ -55,29 +55,27 @@ class RopeConfig:
     truncate: bool = True
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any], width: int) -> "RopeConfig":
+    def from_hf(cls, fields: Fields, width: int) -> "RopeConfig":
         """Reads `rope_parameters`, or `rope_theta` with `rope_scaling`; ConfigError for a rope type not known here."""
-        fields = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = float(fields.get("rope_theta") or config.get("rope_theta") or 10000.0)
-        kind = fields.get("rope_type") or fields.get("type") or "default"
-        if kind == "default":
+        if width < 2 or width % 2:
+            raise ConfigError(f"config.json: the rotary width of a head must be even and at least 2, found {width}")
+        rope = fields.section("rope_parameters", "rope_scaling")
+        theta = (rope if rope.has("rope_theta") else fields).number("rope_theta", above=1.0, default=10000.0)
+        if rope.choice("rope_type", "type", among=("default", "yarn"), default="default") == "default":
             return cls(width, theta)
-        if kind != "yarn":
-            raise ConfigError(f"rope type must be 'default' or 'yarn', found {kind!r}")
-        original = fields.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        factor = fields.get("factor") or config["max_position_embeddings"] / original
-        attention_factor = fields.get("attention_factor")
+        context = fields.integer("max_position_embeddings")
+        original = rope.integer("original_max_position_embeddings", default=context)
         return cls(
             width,
             theta,
-            factor=float(factor),
-            original_length=int(original),
-            beta_fast=float(fields.get("beta_fast") or 32.0),
-            beta_slow=float(fields.get("beta_slow") or 1.0),
-            mscale=float(fields.get("mscale") or 0.0),
-            mscale_all_dim=float(fields.get("mscale_all_dim") or 0.0),
-            attention_factor=None if attention_factor is None else float(attention_factor),
-            truncate=bool(fields.get("truncate", True)),
+            factor=rope.number("factor", minimum=1.0, default=context / original),
+            original_length=original,
+            beta_fast=rope.number("beta_fast", above=0.0, default=32.0),
+            beta_slow=rope.number("beta_slow", above=0.0, default=1.0),
+            mscale=rope.number("mscale", default=0.0),
+            mscale_all_dim=rope.number("mscale_all_dim", default=0.0),
+            attention_factor=rope.number("attention_factor", above=0.0) if rope.has("attention_factor") else None,
+            truncate=rope.boolean("truncate", True),
         )
 
     def magnitude(self, mscale: float) -> float:
@@ -126,10 +124,7 @@ class Rotary(nn.Module):
     def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [T] -> (cos, sin), fp32 [T, 1, R / 2], to broadcast over heads."""
         angles = (positions_T.float()[:, None] * self.frequencies)[:, None, :].double()
-        cos, sin = (
-            angles.cos().float(),
-            angles.sin().float(),
-        )  # by float64: see crossdock.linear on rows and their company
+        cos, sin = angles.cos().float(), angles.sin().float()  # by float64: see crossdock.linear on rows in company
         return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
 
 

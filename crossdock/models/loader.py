@@ -22,6 +22,7 @@ from crossdock.errors import CheckpointError
 from crossdock.gemm import BLOCK, dequantize_blocks
 
 REOPEN_BYTES = 256 * 2**20  # a shard is mapped anew after this much, so that its pages do not stay resident
+PIECE_VALUES = 16 * 2**20  # a larger tensor is read in runs of rows: converting takes up to three float32 copies
 READABLE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}  # bytes a value
 
 
@@ -58,14 +59,9 @@ class LoadReport:
 
 def read_config(directory: str | Path) -> dict[str, Any]:
     """`config.json` of a checkpoint directory. Raises CheckpointError where it is missing or is not a JSON object."""
-    path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory}: no such directory")
-    config = _read_json(path)
-    sizes = (config.get("quantization_config") or {}).get("weight_block_size")
-    if sizes is not None and list(sizes) != [BLOCK, BLOCK]:
-        raise CheckpointError(f"{path}: weight_block_size must be {[BLOCK, BLOCK]}, found {sizes}")
-    return config
+    return _read_json(Path(directory) / "config.json")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -146,7 +142,8 @@ def load_into(
     chosen.sort(key=lambda item: checkpoint.file_of[item[1].name])  # stable: model order inside a shard
     total, done = sum(size for _, _, size in chosen), 0
     for target, source, size in chosen:
-        _fill(checkpoint, target, source)
+        for piece, part in _pieces(target, source):
+            _fill(checkpoint, piece, part)
         done += size
         if progress is not None:
             progress(done, total)
@@ -197,10 +194,24 @@ def _check_scale(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], wher
     scale = f"{name}_scale_inv"
     if scale not in checkpoint.file_of:
         raise CheckpointError(f"{where} is FP8, but its {scale} is missing")
+    if len(shape) < 2:
+        raise CheckpointError(f"{where} is FP8 and has shape {list(shape)}, expected at least two dimensions")
     dtype, found = checkpoint.form(scale)
     expected = (*shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK))
     if found != expected or dtype not in ("F32", "BF16"):
         raise CheckpointError(f"{where}: {scale} is {dtype} {list(found)}, expected F32 {list(expected)}")
+
+
+def _pieces(target: Target, source: Source) -> Iterator[tuple[Target, Source]]:
+    """A whole tensor of many rows as runs of rows, each of whole blocks; what is an expert's stays in one."""
+    rows = target.into.shape[0] if target.into.dim() == 2 and not source.index and target.scale_into is None else 0
+    step = max(1, PIECE_VALUES // (BLOCK * target.into.shape[-1])) * BLOCK if rows else 0
+    if rows <= step:
+        yield target, source
+        return
+    for first in range(0, rows, step):
+        run = slice(first, min(first + step, rows))
+        yield Target(target.into[run], (source,)), Source(source.name, (run,))
 
 
 def _fill(checkpoint: Checkpoint, target: Target, source: Source) -> None:

@@ -8,15 +8,19 @@ from typing import Any
 import torch
 
 from crossdock.comm.transport import Transport
-from crossdock.errors import CheckpointError
-from crossdock.gemm import QuantSpec
+from crossdock.errors import CheckpointError, ConfigError
+from crossdock.gemm import BLOCK, QuantSpec
 from crossdock.models.deepseek import DeepSeekConfig, DeepSeekModel
+from crossdock.models.deepseek.config import MODEL_TYPES as DEEPSEEK_TYPES
 from crossdock.models.deepseek.names import targets as deepseek_targets
+from crossdock.models.fields import Fields
 from crossdock.models.loader import Checkpoint, LoadReport, load_into, read_config
 from crossdock.models.qwen_moe import QwenMoEConfig, QwenMoEModel
+from crossdock.models.qwen_moe.config import MODEL_TYPES as QWEN_TYPES
 from crossdock.models.qwen_moe.names import targets as qwen_targets
 
-FAMILIES = ("deepseek_v3", "qwen3_moe", "qwen2_moe")
+FAMILIES = (*DEEPSEEK_TYPES, *QWEN_TYPES)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,13 @@ class Loaded:
 
 
 def checkpoint_dtype(config: dict[str, Any]) -> torch.dtype:
-    """The dtype a checkpoint names for its activations (`dtype` or `torch_dtype`), bfloat16 where it names none."""
-    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
+    """The dtype a checkpoint names for its activations (`dtype` or `torch_dtype`), bfloat16 where it names none.
+
+    Raises ConfigError for a dtype other than float32, float16 and bfloat16.
+    """
+    names = (*DTYPES, *(f"torch.{name}" for name in DTYPES))
+    name = Fields(config).choice("dtype", "torch_dtype", among=names, default="bfloat16")
+    return DTYPES[name.removeprefix("torch.")]
 
 
 def load_model(
@@ -50,9 +58,10 @@ def load_model(
     """
     config, device = read_config(directory), torch.device(device)
     dtype = dtype or checkpoint_dtype(config)
-    quantized = (config.get("quantization_config") or {}).get("quant_method") == "fp8"
-    keep_fp8 = device.type == "cuda" and quantized and dtype != torch.float32
-    settings = _settings(config, QuantSpec("fp8_block") if keep_fp8 else QuantSpec(), directory)
+    stored = stored_as(config)
+    keep_fp8 = device.type == "cuda" and dtype != torch.float32
+    settings = _settings(config, stored if keep_fp8 else QuantSpec(), directory)
+    stop_ids = frozenset(Fields(config).integers("eos_token_id"))
     checkpoint = Checkpoint(directory)
     model: DeepSeekModel | QwenMoEModel
     if isinstance(settings, DeepSeekConfig):
@@ -65,18 +74,29 @@ def load_model(
         targets = qwen_targets(model)
     report = load_into(checkpoint, targets, progress)
     model.requires_grad_(False)
-    ends = config.get("eos_token_id")
-    stop_ids = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
     return Loaded(model, report, stop_ids)
+
+
+def stored_as(config: dict[str, Any]) -> QuantSpec:
+    """How a checkpoint's experts are stored, by its `quantization_config`: as they are, or FP8 in blocks.
+
+    Raises ConfigError for another quantisation than FP8 in blocks of 128x128.
+    """
+    if not Fields(config).has("quantization_config"):
+        return QuantSpec()
+    fields = Fields(config).section("quantization_config")
+    fields.choice("quant_method", among=("fp8",))
+    if fields.integers("weight_block_size") not in ((), (BLOCK, BLOCK)):
+        found = config["quantization_config"]["weight_block_size"]
+        raise ConfigError(f"config.json: quantization_config.weight_block_size must be {[BLOCK, BLOCK]}, found {found}")
+    pow2 = fields.has("scale_fmt") and fields.choice("scale_fmt", among=("ue8m0",)) == "ue8m0"
+    return QuantSpec("fp8_block", pow2_scales=pow2)
 
 
 def _settings(config: dict[str, Any], quant: QuantSpec, directory: str | Path) -> DeepSeekConfig | QwenMoEConfig:
     family = config.get("model_type")
-    try:
-        if family == "deepseek_v3":
-            return DeepSeekConfig.from_hf(config, quant)
-        if family in ("qwen3_moe", "qwen2_moe"):
-            return QwenMoEConfig.from_hf(config, quant)
-    except TypeError as error:
-        raise CheckpointError(f"{directory}/config.json: a field has a value of the wrong type: {error}") from error
+    if family in DEEPSEEK_TYPES:
+        return DeepSeekConfig.from_hf(config, quant)
+    if family in QWEN_TYPES:
+        return QwenMoEConfig.from_hf(config, quant)
     raise CheckpointError(f"{directory}/config.json: model_type must be one of {FAMILIES}, found {family!r}")

@@ -1,6 +1,7 @@
 """Who is where: ranks, nodes, groups, expert placement and balancing; knows no kernels."""
 
 from crossdock.parallel.balancer import BalanceReport, balance_report, balancedness, lower_bound, rebalance
+from crossdock.parallel.bounded import bounded
 from crossdock.parallel.group import EPGroup, init
 from crossdock.parallel.placement import ExpertPlacement
 from crossdock.parallel.topology import Topology
@@ -12,6 +13,7 @@ __all__ = [
     "Topology",
     "balance_report",
     "balancedness",
+    "bounded",
     "init",
     "lower_bound",
     "rebalance",

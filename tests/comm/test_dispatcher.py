@@ -2,6 +2,8 @@
 
 import os
 import re
+import sys
+import threading
 import time
 
 import pytest
@@ -49,12 +51,25 @@ def test_a_rank_in_another_layer_is_named() -> None:
         LocalWorld(2).run(skip_a_layer)
 
 
+def test_ranks_in_different_phases_are_named() -> None:
+    def plan_or_send(transport: Transport) -> None:
+        if transport.rank:
+            transport.all_to_all_rows(torch.ones(2, 1), [1, 1], [1, 1], "combine").wait()
+        else:
+            transport.all_gather([1, 2], "plan")
+
+    with pytest.raises(PlanMismatch, match="rank 0: plan: rank 1 is elsewhere: combine"):
+        LocalWorld(2).run(plan_or_send)
+    with pytest.raises(PlanMismatch, match="rank 0: phase 0: rank 1 is elsewhere: phase 1"):
+        LocalWorld(2).run(lambda t: t.all_to_all_rows(torch.ones(2, 1), [1, 1], [1, 1], f"phase {t.rank}").wait())
+
+
 @pytest.mark.parametrize(
     ("ids", "names"),
     [
         (torch.tensor([[0, 4]]), "in -1..3, found 4"),
         (torch.tensor([[-2, 0]]), "in -1..3, found -2"),
-        (torch.tensor([0, 1]), r"int64 \[T, K\], found torch.int64 \(2,\)"),
+        (torch.tensor([0, 1]), r"int64 \[T, K\] with K at least 1, found torch.int64 \(2,\)"),
         (torch.tensor([[0.0]]), "found torch.float32"),
     ],
 )
@@ -94,6 +109,21 @@ def test_a_virtual_rank_that_raises_ends_the_others_at_once() -> None:
     with pytest.raises(ValueError, match="broken on purpose"):
         LocalWorld(3, timeout_s=30).run(work)
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_virtual_ranks_have_ended_when_their_error_is_raised() -> None:
+    """A thread torch is still clearing up after would abort a process that exits at once."""
+
+    def fail(transport: Transport) -> None:
+        started.append(threading.get_native_id())
+        raise ValueError("broken on purpose")
+
+    for _ in range(100):
+        started: list[int] = []
+        with pytest.raises(ValueError, match="broken on purpose"):
+            LocalWorld(8).run(fail)
+        assert not {str(thread) for thread in started} & set(os.listdir("/proc/self/task"))
 
 
 def test_a_virtual_rank_that_leaves_or_stalls_is_named() -> None:

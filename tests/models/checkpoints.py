@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 DEEPSEEK: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 40, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 1,
-    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "v_head_dim": 12, "qk_nope_head_dim": 16, "n_group": 4,
-    "topk_group": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "max_position_embeddings": 256, "eos_token_id": None,
-    "bos_token_id": None,
+    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "v_head_dim": 12, "qk_nope_head_dim": 16,
+    "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "max_position_embeddings": 256,
+    "eos_token_id": None, "bos_token_id": None,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32,
         "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0}  # fmt: skip
@@ -92,10 +92,16 @@ def add_mtp(directory: Path, predictable: float) -> None:
 
 
 def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
-    """transformers' own greedy continuation."""
+    """transformers' own greedy continuation; by the mask, a token 0 of the prompt is no padding."""
+    ids = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(
-            torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=-1,
+            pad_token_id=0,
         )
     found: list[int] = out[0].tolist()[len(prompt) :]
     return found

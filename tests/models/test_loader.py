@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from crossdock import LocalWorld, load_model
 from crossdock.comm import LocalTransport
 from crossdock.errors import CheckpointError, ConfigError, CrossdockError
+from crossdock.gemm import QuantSpec
 from crossdock.models import loader
 from crossdock.models.loader import Checkpoint, Source, Target, load_into
+from crossdock.models.registry import stored_as
 from tests.models.checkpoints import edit, save
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -104,14 +106,19 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "dtype I32, expected one of BF16",
     ),
     "FP8 without scale": (lambda d: fp8(d, None), "is FP8, but its .*_scale_inv is missing"),
+    "FP8 of one dimension": (
+        lambda d: edit(
+            d,
+            {
+                "model.norm.weight": torch.zeros(64, dtype=torch.float8_e4m3fn),
+                "model.norm.weight_scale_inv": torch.ones(1),
+            },
+        ),
+        r"model.norm.weight is FP8 and has shape \[64\], expected at least two dimensions",
+    ),
     "scale of another shape": (lambda d: fp8(d, torch.ones(2, 1)), r"is F32 \[2, 1\], expected F32 \[1, 1\]"),
     "NaN scale": (lambda d: fp8(d, torch.tensor([[float("nan")]])), "scale that is NaN or infinite"),
     "unknown model": (lambda d: reconfigure(d, model_type="mixtral"), "model_type must be one of .*found 'mixtral'"),
-    "other block size": (
-        lambda d: reconfigure(d, quantization_config={"weight_block_size": [64, 64]}),
-        r"weight_block_size must be \[128, 128\], found \[64, 64\]",
-    ),
-    "field of a wrong type": (lambda d: reconfigure(d, hidden_size="big"), "a field has a value of the wrong type"),
 }
 
 
@@ -123,6 +130,9 @@ def test_a_broken_checkpoint_is_one_clear_error(name: str, checkpoint: Path) -> 
         load_model(checkpoint, LocalTransport(), dtype=torch.float32)
 
 
+YARN = {"rope_type": "yarn", "factor": 8.0}
+
+
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
@@ -130,13 +140,98 @@ def test_a_broken_checkpoint_is_one_clear_error(name: str, checkpoint: Path) -> 
         ({"n_group": 3}, "num_experts 8 is no multiple of num_groups 3"),
         ({"scoring_func": "softmax"}, "scoring_func must be 'sigmoid', found 'softmax'"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', found 'gelu'"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope type must be 'default' or 'yarn', found 'longrope'"),
+        ({"hidden_size": "big"}, "hidden_size must be an integer of at least 1, found 'big'"),
+        ({"hidden_size": 64.0}, "hidden_size must be an integer of at least 1, found 64.0"),
+        ({"vocab_size": "97"}, "vocab_size must be an integer of at least 1, found '97'"),
+        ({"num_experts_per_tok": True}, "num_experts_per_tok must be an integer of at least 1, found True"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer of at least 1, found 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be an integer of at least 1, found 0"),
+        ({"first_k_dense_replace": "1"}, "first_k_dense_replace must be an integer of at least 0, found '1'"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must be an integer of at least 0, found -1"),
+        ({"max_position_embeddings": "256"}, "max_position_embeddings must be an integer of at least 1, found '256'"),
+        ({"rms_norm_eps": "abc"}, "rms_norm_eps must be a number of at least 0, found 'abc'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number of at least 0, found nan"),
+        ({"norm_topk_prob": "no"}, "norm_topk_prob must be true or false, found 'no'"),
+        ({"eos_token_id": "x"}, "eos_token_id must be an integer or a list of integers, found 'x'"),
+        ({"eos_token_id": [1, None]}, r"eos_token_id must be an integer or a list of integers, found \[1, None\]"),
+        ({"qk_rope_head_dim": 7}, "the rotary width of a head must be even and at least 2, found 7"),
+        ({"rope_parameters": "yarn"}, "rope_parameters must be an object, found 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "rope_parameters.rope_type must be 'default' or 'yarn', found 'longrope'",
+        ),
+        (
+            {"rope_parameters": YARN | {"rope_theta": 1.0}},
+            "rope_parameters.rope_theta must be a number above 1, found 1.0",
+        ),
+        (
+            {"rope_parameters": YARN | {"original_max_position_embeddings": -32}},
+            "rope_parameters.original_max_position_embeddings must be an integer of at least 1, found -32",
+        ),
+        ({"rope_parameters": YARN | {"beta_fast": 0}}, "rope_parameters.beta_fast must be a number above 0, found 0"),
+        ({"quantization_config": "fp8"}, "quantization_config must be an object, found 'fp8'"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config.quant_method must be 'fp8', found 'awq'",
+        ),
+        ({"quantization_config": {"bits": 4}}, "lacks the field 'quantization_config.quant_method'"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+            r"weight_block_size must be \[128, 128\], found \[64, 64\]",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": 64}},
+            r"weight_block_size must be \[128, 128\], found 64$",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "scale_fmt": "e5"}},
+            "quantization_config.scale_fmt must be 'ue8m0', found 'e5'",
+        ),
     ],
 )
 def test_a_config_that_cannot_work_is_named(fields: dict[str, object], names: str, checkpoint: Path) -> None:
     reconfigure(checkpoint, **fields)
     with pytest.raises(ConfigError, match=names):
         load_model(checkpoint, LocalTransport(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["float8", 7])
+def test_a_dtype_that_is_not_known_is_named(name: object, checkpoint: Path) -> None:
+    reconfigure(checkpoint, dtype=name)
+    with pytest.raises(ConfigError, match=f"dtype must be 'float32' or .*, found {name!r}"):
+        load_model(checkpoint, LocalTransport())
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"head_dim": 15}, "the rotary width of a head must be even and at least 2, found 15"),
+        ({"mlp_only_layers": ["1"]}, r"mlp_only_layers must be an integer or a list of integers, found \['1'\]"),
+        ({"decoder_sparse_step": None, "num_hidden_layers": -1}, "num_hidden_layers must be an integer of at least 1"),
+        ({"use_sliding_window": True}, "use_sliding_window must be false, found true"),
+    ],
+)
+def test_a_qwen_config_that_cannot_work_is_named(fields: dict[str, object], names: str, tmp_path: Path) -> None:
+    save("qwen3_moe", tmp_path)
+    reconfigure(tmp_path, **fields)
+    with pytest.raises(ConfigError, match=names):
+        load_model(tmp_path, LocalTransport(), dtype=torch.float32)
+
+
+def test_kimi_k2_is_read_as_deepseek_v3(checkpoint: Path) -> None:
+    expected = load_model(checkpoint, LocalTransport(), dtype=torch.float32).model.state_dict()
+    reconfigure(checkpoint, model_type="kimi_k2", rope_parameters=None, rope_theta=50000.0, eos_token_id=[5, 7])
+    loaded = load_model(checkpoint, LocalTransport(), dtype=torch.float32)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
+    assert loaded.stop_ids == {5, 7}
+
+
+def test_the_format_of_scales_is_taken_over() -> None:
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert stored_as({}) == stored_as({"quantization_config": None}) == QuantSpec()
+    assert stored_as({"quantization_config": fp8}) == QuantSpec("fp8_block")
+    assert stored_as({"quantization_config": fp8 | {"scale_fmt": "ue8m0"}}) == QuantSpec("fp8_block", pow2_scales=True)
 
 
 def test_a_missing_field_and_a_missing_directory_are_named(checkpoint: Path) -> None:

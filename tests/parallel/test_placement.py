@@ -1,10 +1,10 @@
-"""Slots, replicas and padding of a placement; topology; groups of one."""
+"""Slots, replicas and padding of a placement; topology."""
 
 import pytest
 import torch
 
 from crossdock.errors import ConfigError
-from crossdock.parallel import EPGroup, ExpertPlacement, Topology, init
+from crossdock.parallel import ExpertPlacement, Topology
 
 
 def test_contiguous_is_the_identity() -> None:
@@ -54,27 +54,3 @@ def test_topology() -> None:
     assert topology.ranks_of_node(0) == (0, 2) and topology.same_node(0, 2) and not topology.same_node(0, 1)
     with pytest.raises(ConfigError, match="rank 0 is on node 1"):
         Topology((1, 0))
-
-
-def test_init_without_a_launcher_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with init("cpu") as group:
-        assert (group.rank, group.world_size, group.process_group) == (0, 1, None)
-    assert EPGroup.solo().topology.num_nodes == 1
-
-
-@pytest.mark.parametrize(
-    ("environment", "names"),
-    [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be an integer, found 'two'"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, r"RANK must be in 0..1 \(WORLD_SIZE is 2\), found 2"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR and MASTER_PORT is not set"),
-    ],
-)
-def test_init_names_a_bad_variable(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], names: str) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=names):
-        init("cpu")
