@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from crossdock.cli.launch import cores
+from crossdock.cli.launch import threads_of_rank
 from crossdock.comm import Transport, make_transport
 from crossdock.errors import ConfigError
 from crossdock.parallel import EPGroup, init
@@ -26,8 +26,8 @@ class Runtime:
 def join_ranks(device: str | None, transport: str, timeout_s: float) -> Iterator[Runtime]:
     """Joins the other ranks and leaves the group afterwards, but not after an error: leaving could wait for them."""
     local_ranks = _local_ranks()
-    if local_ranks > 1:  # ranks of one machine share its cores
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, cores() // local_ranks)))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_of_rank(local_ranks))
     chosen, why_device = choose_device(device, local_ranks)
     group = init(chosen, timeout_s)
     link = make_transport(group, transport)

@@ -51,6 +51,17 @@ def test_bits_do_not_depend_on_the_company(family: str, tmp_path: Path) -> None:
         assert found.outputs == alone, world_size
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "qwen2_moe"])
+def test_bits_do_not_depend_on_one_thread_or_two(family: str, tmp_path: Path) -> None:
+    save(family, tmp_path)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(run(tmp_path, LocalTransport(), [PROMPT, *OTHERS], 30).digest)
+    torch.set_num_threads(1)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
 def test_processes_give_the_same_bits(family: str, tmp_path: Path, ranks_of_two: Ranks, ranks_of_four: Ranks) -> None:
     save(family, tmp_path)

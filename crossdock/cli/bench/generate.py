@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from crossdock.cli.bench.report import AsJson, Dtype, Plot, check_plot, deliver
-from crossdock.cli.launch import cores
+from crossdock.cli.launch import threads_of_rank
 from crossdock.cli.request import example_directory, read_config_json
 from crossdock.errors import ConfigError, CrossdockError
 
@@ -29,7 +29,7 @@ def generate(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 128,
     dtype: Annotated[Dtype | None, typer.Option(help="What both compute in; the checkpoint's own by default.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process; one a core by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process; those of generate by default.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Processes of each contender.")] = 3,
     plot: Plot = None,
     as_json: AsJson = False,
@@ -47,7 +47,7 @@ def generate(
     job = {
         "directory": str(directory),
         "dtype": dtype.value if dtype else _own_dtype(config),
-        "threads": threads or cores(),
+        "threads": threads or threads_of_rank(1),
         "prompt": _prompt(directory, config["vocab_size"], prompt_tokens),
         "new_tokens": new_tokens,
     }

@@ -49,21 +49,38 @@ class GQA(nn.Module):
             if cache is None:
                 keys, values = k_TGQ[span.start : span.stop], v_TGQ[span.start : span.stop]
             else:
-                both = cache.read(self.layer, span.rows)[: span.context].view(-1, 2 * self.groups, self.width)
+                both = cache.read(self.layer, span.rows).view(-1, 2 * self.groups, self.width)
                 keys, values = torch.split(both, self.groups, dim=1)
-            out.append(self._attend(q_THQ[span.start : span.stop], keys, values, span))
+            attend = self._decode if span.decode else self._attend
+            out.append(attend(q_THQ[span.start : span.stop], keys, values, span))
         y_TD: Tensor = self.o_proj(torch.cat(out) if out else x_TD.new_empty(0, self.heads * self.width))
         return y_TD
 
     def _attend(self, q_THQ: Tensor, k_JGQ: Tensor, v_JGQ: Tensor, span: Span) -> Tensor:
-        """One sequence's queries over its context, [tokens, H * Q]."""
-        q, k, v = (t.transpose(0, 1)[None] for t in (q_THQ, k_JGQ, v_JGQ))
+        """A prompt's queries over its context, [tokens, H * Q]."""
+        context = (q_THQ, k_JGQ[: span.context], v_JGQ[: span.context])
+        q, k, v = (t.transpose(0, 1)[None] for t in context)
         tokens, mask = len(q_THQ), None
         if 1 < tokens < span.context:
             mask = torch.ones(tokens, span.context, dtype=torch.bool, device=q.device).tril(span.context - tokens)
         causal = tokens == span.context
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
         return out[0].transpose(0, 1).reshape(tokens, self.heads * self.width)
+
+    def _decode(self, q_THQ: Tensor, k_JGQ: Tensor, v_JGQ: Tensor, span: Span) -> Tensor:
+        """Tokens that continue a sequence, one by one over its whole pages, what is behind a token masked.
+
+        By bmm, whose bits do not depend on the thread count when J is whole pages; those of torch's attention do for a
+        single query on a CPU.
+        """
+        k_GQJ, v_GJQ = k_JGQ.permute(1, 2, 0), v_JGQ.transpose(0, 1)
+        out = []
+        for q_HQ, context in zip(q_THQ, range(span.context - len(q_THQ) + 1, span.context + 1), strict=True):
+            scores_GSJ = torch.bmm((q_HQ * self.width**-0.5).view(self.groups, -1, self.width), k_GQJ)
+            scores_GSJ[..., context:] = float("-inf")
+            probs_GSJ = scores_GSJ.softmax(-1, dtype=torch.float32).to(v_GJQ.dtype)
+            out.append(torch.bmm(probs_GSJ, v_GJQ).flatten())
+        return torch.stack(out)
 
 
 class DecoderLayer(nn.Module):
