@@ -7,8 +7,8 @@ inner size is no multiple of four. Padding both to multiples of four costs at mo
 function of that row alone. oneDNN's bfloat16 product is left as it is: with an inner size that is a multiple of 32 its
 rounding hides all but one difference in a hundred thousand values. All of this was measured with one to three threads;
 from four on, MKL divides narrow products in ways that change bits again, so ranks that are compared must have equally
-many. What was tried and rejected: MKL_CBWR=...,STRICT fixes the thread count's share but not the row count's, and has to
-be set before torch is imported; a row at a time by matrix-vector products is right and slower from four rows on.
+many. What was tried and rejected: MKL_CBWR=...,STRICT fixes the thread count's share but not the row count's, and has
+to be set before torch is imported; a row at a time by matrix-vector products is right and slower from four rows on.
 
 Elementwise functions have the same fault on a smaller scale: torch's vectorised float32 exp, sin and their kin differ
 in the last bit from the scalar code that finishes a tensor's (or a thread's) last few elements. Where a row's length is

@@ -29,7 +29,7 @@ def generate(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 128,
     dtype: Annotated[Dtype | None, typer.Option(help="What both compute in; the checkpoint's own by default.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process; those of generate by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process; as generate by default.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Processes of each contender.")] = 3,
     plot: Plot = None,
     as_json: AsJson = False,
