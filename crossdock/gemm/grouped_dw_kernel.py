@@ -86,7 +86,7 @@ def tile_config(dtype: torch.dtype) -> dict[str, int]:
     """
     if dtype == torch.float32:
         return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_R": 64, "num_warps": 8, "num_stages": 3}
 
 
 def grouped_dw_triton(dout_RN: Tensor, rows_RK: Tensor, ends_L: Tensor) -> Tensor:
