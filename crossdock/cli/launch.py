@@ -31,7 +31,9 @@ from crossdock.errors import ConfigError
 REPORT_FD = "CROSSDOCK_REPORT_FD"
 GRACE_S = 1.0  # how long the other ranks may still report after the first failure, so that the cause is known
 STOP_S = 3.0  # how long a rank may take to end after SIGTERM before it is killed
-MOST_THREADS = 2
+# Of a rank on a CPU unless OMP_NUM_THREADS says otherwise: ranks are what uses more cores. With several threads the
+# last bits of products change with their number, and where cores are shared, threads that spin for one another stall.
+RANK_THREADS = 1
 LONGEST_REPORT = 3000  # bytes of text; with its frame it stays below PIPE_BUF, so that ranks never interleave
 CONSEQUENCES = ("RankFailure", "CommTimeout")  # errors that another rank's failure brings about
 
@@ -148,7 +150,7 @@ class _Ranks:
             signal.signal(signum, handler)
 
     def _environment(self, rank: int, port: int, report_write: int) -> dict[str, str]:
-        threads = os.environ.get("OMP_NUM_THREADS") or str(threads_of_rank(self.count))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(RANK_THREADS)
         return os.environ | {
             "RANK": str(rank),
             "WORLD_SIZE": str(self.count),
@@ -239,12 +241,6 @@ def describe(failures: Sequence[Failure]) -> str:
     if first.kind == "" and first.code:
         return f"rank {first.rank} {first.text}"
     return first.text if shared or first.text.startswith("rank ") else f"rank {first.rank}: {first.text}"
-
-
-def threads_of_rank(local_ranks: int) -> int:
-    """A rank's share of the cores, two at most: from four threads on, the last bits of products on a CPU change with
-    their number, and so would the output with the number of ranks. OMP_NUM_THREADS overrides it."""
-    return min(MOST_THREADS, max(1, cores() // local_ranks))
 
 
 def cores() -> int:

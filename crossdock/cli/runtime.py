@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from crossdock.cli.launch import threads_of_rank
+from crossdock.cli.launch import RANK_THREADS
 from crossdock.comm import Transport, make_transport
 from crossdock.errors import ConfigError
 from crossdock.parallel import EPGroup, init
@@ -27,7 +27,7 @@ def join_ranks(device: str | None, transport: str, timeout_s: float) -> Iterator
     """Joins the other ranks and leaves the group afterwards, but not after an error: leaving could wait for them."""
     local_ranks = _local_ranks()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads_of_rank(local_ranks))
+        torch.set_num_threads(RANK_THREADS)
     chosen, why_device = choose_device(device, local_ranks)
     group = init(chosen, timeout_s)
     link = make_transport(group, transport)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from crossdock.cli.bench.report import AsJson, Dtype, Plot, check_plot, deliver
-from crossdock.cli.launch import threads_of_rank
+from crossdock.cli.launch import RANK_THREADS
 from crossdock.cli.request import example_directory, read_config_json
 from crossdock.errors import ConfigError, CrossdockError
 
@@ -47,7 +47,7 @@ def generate(
     job = {
         "directory": str(directory),
         "dtype": dtype.value if dtype else _own_dtype(config),
-        "threads": threads or threads_of_rank(1),
+        "threads": threads or RANK_THREADS,
         "prompt": _prompt(directory, config["vocab_size"], prompt_tokens),
         "new_tokens": new_tokens,
     }
