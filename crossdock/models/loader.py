@@ -38,13 +38,12 @@ class Source:
 class Target:
     """A tensor of the model and the sources it may come from; the first that exists is taken.
 
-    scale_into: where an FP8 tensor's scales go, if `into` is to keep it in FP8. optional: absent sources are no error.
+    scale_into: where an FP8 tensor's scales go, if `into` is to keep it in FP8.
     """
 
     into: Tensor
     sources: tuple[Source, ...]
     scale_into: Tensor | None = None
-    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,8 +157,6 @@ def _choose(checkpoint: Checkpoint, targets: Iterable[Target]) -> Iterator[tuple
     for target in targets:
         source = next((s for s in target.sources if s.name in checkpoint.file_of), None)
         if source is None:
-            if target.optional:
-                continue
             names = " or ".join(s.name for s in target.sources)
             raise CheckpointError(f"{checkpoint.directory}: tensor {names} is missing")
         dtype, shape = checkpoint.form(source.name)

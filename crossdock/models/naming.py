@@ -18,6 +18,11 @@ from crossdock.models.loader import Source, Target
 from crossdock.moe import Fp8Experts, MoELayer, SwigluMLP
 
 
+def whole(into: Tensor, *names: str) -> Target:
+    """A tensor that every rank holds whole, from the first of `names` that the checkpoint has."""
+    return Target(into.detach(), tuple(Source(name) for name in names))
+
+
 def swiglu(mlp: SwigluMLP, prefix: str) -> Iterator[Target]:
     """gate_proj, up_proj and down_proj of an MLP that is whole on every rank."""
     size_F = mlp.down.shape[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from crossdock.cli.launch import Failure, cause, describe, rank_command, run_ranks
+from crossdock.cli.launch import Failure, _Ranks, cause, describe, rank_command, run_ranks
 from crossdock.errors import ConfigError
 from tests.cli.conftest import start
 
@@ -177,3 +177,12 @@ def test_through_the_command_line(checkpoint: Path) -> None:
     assert (process.returncode, out) == (1, "")
     assert err.count("error:") == 1 and "'gpt2'" in err and "Traceback" not in err
     assert time.monotonic() - began < 60
+
+
+def test_a_rank_has_one_thread_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many ranks there are: with several threads bits would change with their number."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = {_Ranks([], count, False)._environment(0, 1, 2)["OMP_NUM_THREADS"] for count in (1, 2, 4)}
+    assert found == {"1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert _Ranks([], 2, False)._environment(0, 1, 2)["OMP_NUM_THREADS"] == "3"
