@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test check format audit bench clean
+.PHONY: help setup demo test check format audit bench bench-gpu clean
 
 help:
 	@echo "make demo    set up .venv, then generate with the bundled checkpoint over 4 ranks"
@@ -13,6 +13,7 @@ help:
 	@echo "make format  let ruff put things in order"
 	@echo "make audit   compile every kernel for sm_90, sm_100 and gfx942"
 	@echo "make bench   measure, beside torch and transformers"
+	@echo "make bench-gpu  test and measure the kernels on this machine's GPU; writes benchmarks/results"
 	@echo "make clean   remove .venv and caches"
 
 setup: $(READY)
@@ -56,6 +57,9 @@ audit: setup
 
 bench: setup
 	@for question in router gemm layer exchange generate; do $(BIN)/crossdock bench $$question || exit 1; done
+
+bench-gpu: setup
+	@$(BIN)/python benchmarks/bench_gpu.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -8,9 +8,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)  # tests are small, and several ranks' threads in one process would wait for one another
 
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from tests.launch import Ranks  # noqa: E402
 
@@ -18,6 +20,26 @@ from tests.launch import Ranks  # noqa: E402
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _poisoning(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`empty`, filled with what no kernel writes: NaN in every float dtype, far below zero in every signed integer."""
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        if tensor.numel():
+            tensor.view(torch.uint8).fill_(0xFF if tensor.is_floating_point() else 0x85)
+        return tensor
+
+    return poisoned
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty, empty_like and Tensor.new_empty are poisoned, so that an element no kernel writes is seen."""
+    monkeypatch.setattr(torch, "empty", _poisoning(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoning(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoning(torch.Tensor.new_empty))
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,7 @@ def run(*arguments: str) -> str:
     """stdout of a python command as a user would run it; fails with what it said."""
     kept = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     environment = kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=280,
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -150,13 +150,13 @@ def test_every_kernel_compiles_for_every_target() -> None:
     assert report["ok"]
     built = {(build["kernel"], build["config"], build["target"]) for build in report["kernels"]}
     specs = find_specs([])
-    assert built == {(s.name, s.config, target) for s in specs for target in ("sm_90", "sm_100", "gfx942")}
+    assert built == {(s.name, s.config, target) for s in specs for target in s.targets}
 
 
 def test_every_kernel_is_audited() -> None:
     pytest.importorskip("triton")
     written = {
-        name for m in MODULES for name in re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", (ROOT / m).read_text())
+        name for m in MODULES for name in re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+_kernel)\(", (ROOT / m).read_text())
     }
     assert written and written == {spec.kernel.fn.__name__ for spec in find_specs([])}
 
@@ -193,7 +193,7 @@ def test_document_names_only_what_exists(document: str) -> None:
     for target in set(re.findall(r"make ([a-z]+)\b", text)) & set(re.findall(r"`make ([a-z]+)`", text)):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make {target}"
     for command in re.findall(r"crossdock (generate|bench|audit|doctor|serve|plan|tune)\b", text):
-        assert command in ("generate", "bench", "audit", "doctor"), f"{document} names crossdock {command}"
+        assert command in ("generate", "bench", "audit", "doctor", "tune"), f"{document} names crossdock {command}"
 
 
 def test_architecture_has_the_layers_that_are_enforced() -> None:

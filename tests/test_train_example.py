@@ -55,5 +55,5 @@ def test_resumed_equals_uninterrupted_and_the_export_loads(script: ModuleType, t
     loaded = load_model(tmp_path / "export", LocalTransport(), dtype=torch.float32)
     assert loaded.report.unused == ()
     plain = generate(loaded.model, [[1, 2, 3]], LocalTransport(), max_new_tokens=8)
-    drafted = generate(loaded.model, [[1, 2, 3]], LocalTransport(), max_new_tokens=8, speculate=True)
+    drafted = generate(loaded.model, [[1, 2, 3]], LocalTransport(), max_new_tokens=8, draft_tokens=1)
     assert drafted.outputs == plain.outputs and drafted.drafted > 0

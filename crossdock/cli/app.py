@@ -18,6 +18,7 @@ from crossdock.cli.bench import bench
 from crossdock.cli.doctor import doctor
 from crossdock.cli.generate import generate
 from crossdock.cli.launch import RankSide
+from crossdock.cli.tune import tune
 from crossdock.errors import CrossdockError
 
 app = typer.Typer(
@@ -65,6 +66,7 @@ def _globals(
 app.command()(generate)
 app.command()(doctor)
 app.command()(audit)
+app.command()(tune)
 app.add_typer(bench, name="bench")
 
 

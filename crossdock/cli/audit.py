@@ -51,7 +51,7 @@ def audit(
     results: list[dict[str, Any]] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("compiling kernels", total=None)
-        for message in _compile(job):
+        for message in compile_in_workers(job):
             if "total" in message:
                 progress.update(bar, total=message["total"])
             else:
@@ -69,8 +69,8 @@ def audit(
         raise typer.Exit(1)
 
 
-def _compile(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields what the workers say, in the order they say it. Raises CrossdockError where one dies."""
+def compile_in_workers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields what the workers say of a job, as they say it. Raises CrossdockError where one dies."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     workers: list[subprocess.Popen[str]] = []
     with contextlib.ExitStack() as opened:
@@ -99,10 +99,14 @@ def _compile(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _start(share: dict[str, Any], log: IO[bytes], lines: "queue.SimpleQueue[str]") -> "subprocess.Popen[str]":
     """Starts a worker whose lines go to `lines`, an empty one when it has said all."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "crossdock.cli.audit_worker", json.dumps(share)]
-    worker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+    command = [sys.executable, "-m", "crossdock.cli.audit_worker"]
+    worker = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+    )
     pipe = worker.stdout
-    assert pipe is not None
+    assert pipe is not None and worker.stdin is not None
+    with contextlib.suppress(BrokenPipeError), worker.stdin:  # one that has died is told of by its exit code
+        worker.stdin.write(json.dumps(share))
 
     def read() -> None:
         for line in pipe:

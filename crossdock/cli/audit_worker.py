@@ -1,4 +1,4 @@
-"""One worker of `crossdock audit`: compiles its share of (kernel, target) and prints one JSON line for each.
+"""One worker of `crossdock audit` and `tune`: compiles its share of (kernel, target) and prints a JSON line for each.
 
 Registers and spills are what `ptxas -v` says of the PTX, or what the gfx942 assembly's metadata says. A build is not ok
 when it fails, needs more shared memory than a block can have, or when its main loop should be a matrix product and it
@@ -15,20 +15,19 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from crossdock._audit_spec import KernelSpec
+from crossdock._audit_spec import SHARED_BYTES, KernelSpec
+from crossdock.cli.audit_tiles import expand
 
-PACKAGES = ("crossdock.gemm", "crossdock.routing", "crossdock.comm", "crossdock.moe")
-SHARED_LIMIT = {"sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block may have
+PACKAGES = ("crossdock.gemm", "crossdock.routing", "crossdock.comm", "crossdock.moe", "crossdock.models")
 MATRIX = {"wgmma": r"\bwgmma\.mma_async", "tcgen05.mma": r"\btcgen05\.mma", "mma.sync": r"\bmma\.sync"}
 
 
 def find_specs(modules: list[str]) -> list[KernelSpec]:
-    """The AUDIT lists of `modules`, or of every module of crossdock's kernel packages."""
+    """The AUDIT lists of `modules`, or of every module of crossdock's kernel packages, with every production tile."""
     specs: list[KernelSpec] = []
     for name in modules or _kernel_modules():
         specs += getattr(importlib.import_module(name), "AUDIT", [])
-    unique = {(spec.name, spec.config): spec for spec in specs}  # a package may re-export a module's list
-    return list(unique.values())
+    return expand(specs)  # which also drops what a package re-exports of a module's list
 
 
 def _kernel_modules() -> Iterator[str]:
@@ -49,6 +48,7 @@ def examine(spec: KernelSpec, target: str) -> dict[str, Any]:
         "spills": None,
         "shared_bytes": None,
         "matrix_instructions": [],
+        "bulk_copy": False,
     }
     try:
         built = compile_for(spec, target)
@@ -58,15 +58,18 @@ def examine(spec: KernelSpec, target: str) -> dict[str, Any]:
         return result | {"ok": False, "why": f"does not compile: {why[-400:]}"}
     found = matrix_instructions(built.asm["amdgcn"] if target == "gfx942" else built.asm["ptx"], target)
     shared = int(built.metadata.shared)
+    bulk_copy = "cp.async.bulk.tensor" in built.asm.get("ptx", "")
     why = judge(spec, target, spills, shared, found)
+    if spec.needs_bulk_copy and target == "sm_90" and not bulk_copy:
+        why = why or "no bulk tensor copy"
     measured = {"registers": registers, "spills": spills, "shared_bytes": shared, "matrix_instructions": found}
-    return result | measured | {"ok": not why, "why": why}
+    return result | measured | {"bulk_copy": bulk_copy, "ok": not why, "why": why}
 
 
 def judge(spec: KernelSpec, target: str, spills: int, shared: int, found: list[str]) -> str:
     """What is wrong with a build, "" where nothing is."""
-    if shared > SHARED_LIMIT[target]:
-        return f"shared memory of {shared} bytes is over the limit of {SHARED_LIMIT[target]}"
+    if shared > SHARED_BYTES[target]:
+        return f"shared memory of {shared} bytes is over the limit of {SHARED_BYTES[target]}"
     if not spec.needs_matrix_instruction:
         return ""
     if spills:
@@ -80,7 +83,7 @@ def judge(spec: KernelSpec, target: str, spills: int, shared: int, found: list[s
 
 
 def compile_for(spec: KernelSpec, target: str) -> Any:
-    """Triton's compiled kernel; pointers are taken to be divisible by 16, as torch's allocations are."""
+    """Triton's compiled kernel; pointers and `multiples` are divisible by 16, as torch's allocations are."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -89,7 +92,8 @@ def compile_for(spec: KernelSpec, target: str) -> Any:
     signature = dict(spec.signature)
     if target == "gfx942":  # its FP8 hardware has the fnuz form
         signature = {name: kind.replace("fp8e4nv", "fp8e4b8") for name, kind in signature.items()}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    divisible = [kind.startswith("*") or name in spec.multiples for name, kind in signature.items()]
+    attrs = {(i,): [["tt.divisibility", 16]] for i, holds in enumerate(divisible) if holds}
     source = ASTSource(fn=spec.kernel, signature=signature, constexprs=dict(spec.constexprs), attrs=attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     return triton.compile(source, target=gpu, options=options)
@@ -128,12 +132,25 @@ def _sum(pattern: str, text: str) -> int:
     return sum(int(number) for number in re.findall(pattern, text))
 
 
-def main() -> None:
-    """Reads its job from the command line: targets, parts of kernel names, modules, and which share is its own."""
-    job = json.loads(sys.argv[1])
+def audit_tasks(job: dict[str, Any]) -> list[tuple[KernelSpec, str]]:
+    """Of `crossdock audit`: the job has targets, parts of kernel names, and modules."""
     specs = find_specs(job["modules"])
     wanted = [spec for spec in specs if not job["kernels"] or any(part in spec.name for part in job["kernels"])]
-    tasks = [(spec, target) for spec in wanted for target in job["targets"]]
+    return [(spec, target) for spec in wanted for target in job["targets"] if target in spec.targets]
+
+
+def build_tasks(job: dict[str, Any]) -> list[tuple[KernelSpec, str]]:
+    """Of `crossdock tune`: the job has targets, and builds as tune_search.py names them."""
+    from crossdock.cli.tune_search import build_spec
+
+    specs = [spec for name in _kernel_modules() for spec in getattr(importlib.import_module(name), "AUDIT", [])]
+    return [(build_spec(specs, build, target), target) for build in job["builds"] for target in job["targets"]]
+
+
+def main() -> None:
+    """Reads its job from stdin: what to compile, and which share is its own."""
+    job = json.loads(sys.stdin.read())
+    tasks = build_tasks(job) if "builds" in job else audit_tasks(job)
     print(json.dumps({"total": len(tasks)}), flush=True)
     for spec, target in tasks[job["shard"] :: job["of"]]:
         print(json.dumps(examine(spec, target)), flush=True)

@@ -48,18 +48,17 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0: from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    speculate: Annotated[
-        bool | None,
+    draft_tokens: Annotated[
+        int | None,
         typer.Option(
-            "--speculate/--no-speculate",
-            help="Draft with the MTP layer, which changes no token; by default where the checkpoint has one.",
+            min=0, help="Tokens the MTP layer drafts a step, which changes no token; 2 by default where there is one."
         ),
     ] = None,
     timeout: Annotated[float, typer.Option(max=1e6, help="Longest wait for another rank, in seconds.")] = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
     """Generates text, experts spread over the ranks."""
-    request = read_request(checkpoint, prompt or [], prompt_ids or [], max_new_tokens, speculate)
+    request = read_request(checkpoint, prompt or [], prompt_ids or [], max_new_tokens, draft_tokens)
     if ranks is not None and not ctx.obj.is_rank:
         command = rank_command(ctx.obj.argv)  # also where it is 1: --ranks under torchrun is a mistake
         if ranks > 1:
@@ -69,7 +68,7 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     with join_ranks(device, transport, timeout) as runtime:
-        loaded, result = _run(request, runtime, dtype, sampling, speculate, as_json)
+        loaded, result = _run(request, runtime, dtype, sampling, draft_tokens, as_json)
         answer = _answer(request, runtime, loaded, result)
         if runtime.group.rank == 0 and as_json:
             print(json.dumps(answer), flush=True)
@@ -85,13 +84,14 @@ def _run(
     runtime: "Runtime",
     dtype: Dtype | None,
     sampling: "Sampling",
-    speculate: bool | None,
+    draft_tokens: int | None,
     quiet: bool,
 ) -> tuple["Loaded", "Generation"]:
     """Loads the model and generates; on rank 0 with a progress bar, and a single prompt's text as it comes."""
     import torch
 
     from crossdock.cli.show import TextStream, loading_bar
+    from crossdock.models.generate import DRAFT_TOKENS
     from crossdock.models.generate import generate as generate_tokens
     from crossdock.models.registry import checkpoint_dtype, load_model
 
@@ -109,7 +109,7 @@ def _run(
         max_new_tokens=request.max_new_tokens,
         sampling=sampling,
         stop_ids=loaded.stop_ids,
-        speculate=loaded.model.has_mtp if speculate is None else speculate,
+        draft_tokens=draft_tokens if draft_tokens is not None else DRAFT_TOKENS if model.has_mtp else 0,
         dtype=compute,
         device=group.device,
         on_token=stream,

@@ -41,7 +41,11 @@ def example_directory() -> Path:
 
 
 def read_request(
-    checkpoint: Path | None, texts: list[str], id_lists: list[str], max_new_tokens: int | None, speculate: bool | None
+    checkpoint: Path | None,
+    texts: list[str],
+    id_lists: list[str],
+    max_new_tokens: int | None,
+    draft_tokens: int | None,
 ) -> Request:
     """Finds the checkpoint (the bundled one by default) and turns prompts into ids: texts first, then `--prompt-ids`.
 
@@ -60,9 +64,9 @@ def read_request(
     prompts += prompts_given
     _check_ids(prompts, config.get("vocab_size"))
     new_tokens = _new_tokens(prompts, config.get("max_position_embeddings"), max_new_tokens)
-    if speculate and not config.get("num_nextn_predict_layers"):
+    if draft_tokens and not config.get("num_nextn_predict_layers"):
         raise ConfigError(
-            f"--speculate needs a model with an MTP layer; {directory}/config.json names none "
+            f"--draft-tokens {draft_tokens} needs a model with an MTP layer; {directory}/config.json names none "
             f"(num_nextn_predict_layers is {config.get('num_nextn_predict_layers')})"
         )
     return Request(directory, config, tokenizer, prompts, new_tokens)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crossdock.comm.plan import DispatchPlan, complete_plan, plan_outgoing
+from crossdock.backend import Backend, resolve_backend
+from crossdock.comm.combine_kernel import weighted_sum_ref, weighted_sum_triton
+from crossdock.comm.plan import DispatchPlan, complete_plan, plan_on_device, plan_outgoing
 from crossdock.comm.transport import Done, Pending, Then, Transport
 from crossdock.errors import ConfigError, PlanMismatch
 
@@ -26,11 +28,16 @@ HEADER = ("layer", "exchange", "slots", "hidden size", "dtype", "experts per tok
 
 @dataclass(frozen=True)
 class Inbound:
-    """Rows received, [R, D]; slot l's are rows ends_L[l - 1] to ends_L[l] (int32 [L])."""
+    """Rows received, [R, D]; slot l's are rows ends_L[l - 1] to ends_L[l] (int32 [L]).
+
+    Where row_ids_R (int32) is given, rows_RD are this rank's own tokens, and row r of that order is
+    rows_RD[row_ids_R[r]].
+    """
 
     rows_RD: Tensor
     ends_L: Tensor
     plan: DispatchPlan
+    row_ids_R: Tensor | None = None
 
 
 class Dispatcher:
@@ -41,27 +48,40 @@ class Dispatcher:
     not divide over the ranks.
     """
 
-    def __init__(self, transport: Transport, num_slots: int, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        num_slots: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        backend: Backend = "auto",
+    ) -> None:
         if num_slots < 1 or num_slots % transport.world_size:
             raise ConfigError(f"{num_slots} slots do not divide over {transport.world_size} ranks")
         if dtype not in DTYPES or hidden_size < 1:
             found = f"{hidden_size} values of {dtype}"
             raise ConfigError(f"rows can be at least one value of {', '.join(map(str, DTYPES))}, found {found}")
         self.transport, self.num_slots, self.hidden_size, self.dtype = transport, num_slots, hidden_size, dtype
+        self.backend: Backend = backend
         self.layer = transport.register()
         self.step = 0
 
     def plan(self, slot_ids_TK: Tensor) -> DispatchPlan:
         """Where each (token, k) goes, from slot ids int64 [T, K] in 0..P-1 or -1 for no expert; T may differ by rank.
 
-        Raises ConfigError for an id out of range, PlanMismatch where ranks are not in the same exchange.
+        In a world of one, on the triton backend and without gradients, the plan is made on the device and the host does
+        not wait for it. Raises ConfigError for an id out of range (not then), PlanMismatch where ranks are not in the
+        same exchange.
         """
         if slot_ids_TK.dim() != 2 or slot_ids_TK.dtype != torch.int64 or slot_ids_TK.shape[1] < 1:
             found = f"{slot_ids_TK.dtype} {tuple(slot_ids_TK.shape)}"
             raise ConfigError(f"slot_ids must be int64 [T, K] with K at least 1, found {found}")
+        transport = self.transport
+        if transport.world_size == 1 and not torch.is_grad_enabled() and self._on_triton(slot_ids_TK):
+            self.step += 1
+            return plan_on_device(slot_ids_TK, self.num_slots, self.step)
         outgoing = plan_outgoing(slot_ids_TK, self.num_slots)
         self.step += 1
-        transport = self.transport
         if transport.world_size == 1:
             return complete_plan(outgoing, [outgoing.counts_P], 0, self.step)
         header = [
@@ -86,6 +106,8 @@ class Dispatcher:
         """The same, started: other work can run before `wait`."""
         tokens, top_k = plan.outgoing.position_TK.shape
         self._check("x_TD", x_TD, tokens)
+        if plan.token_R is not None:
+            return Done(Inbound(x_TD, plan.ends_L, plan, plan.token_R))
         rows_SD = x_TD.detach().index_select(0, plan.outgoing.order_S.div(top_k, rounding_mode="floor"))
         arriving = self._send(rows_SD, plan, "dispatch")
         if not (torch.is_grad_enabled() and x_TD.requires_grad):
@@ -94,14 +116,17 @@ class Dispatcher:
             return Then(lambda: Inbound(arriving.wait(), plan.ends_L, plan))
         return Then(lambda: Inbound(_Dispatched.apply(x_TD, self, plan, arriving), plan.ends_L, plan))  # type: ignore[no-untyped-call]
 
-    def combine(self, out_RD: Tensor, weights_TK: Tensor, inbound: Inbound) -> Tensor:
-        """y[t] = sum over k of weights[t, k] * (the result of t's k-th slot) -> [T, D] in out's dtype, fp32 inside.
+    def combine(self, out_RD: Tensor, weights_TK: Tensor, inbound: Inbound, plus_TD: Tensor | None = None) -> Tensor:
+        """y[t] = sum over k of weights[t, k] * (the result of t's k-th slot) (+ plus[t]) -> [T, D] in out's dtype.
 
-        out_RD stands as the inbound rows did. Choices of -1 add nothing. Differentiable in out and weights.
+        The sum is float32 inside and rounded before `plus_TD`, in out's dtype, is added. out_RD stands in the order of
+        the inbound rows. Choices of -1 add nothing. Differentiable in all three.
         """
-        return self.combine_async(out_RD, weights_TK, inbound).wait()
+        return self.combine_async(out_RD, weights_TK, inbound, plus_TD).wait()
 
-    def combine_async(self, out_RD: Tensor, weights_TK: Tensor, inbound: Inbound) -> Pending[Tensor]:
+    def combine_async(
+        self, out_RD: Tensor, weights_TK: Tensor, inbound: Inbound, plus_TD: Tensor | None = None
+    ) -> Pending[Tensor]:
         """The same, started: other work can run before `wait`."""
         plan = inbound.plan
         self._check("out_RD", out_RD, sum(plan.recv_counts))
@@ -110,10 +135,26 @@ class Dispatcher:
             raise ConfigError(f"weights_TK must have shape {expected}, found {tuple(weights_TK.shape)}")
         returning = self._return(out_RD.detach(), plan, "combine")
         if torch.is_grad_enabled() and (out_RD.requires_grad or weights_TK.requires_grad):
-            return Then(lambda: _Combined.apply(out_RD, weights_TK, self, plan, returning))  # type: ignore[no-untyped-call]
+
+            def combined() -> Tensor:
+                y_TD: Tensor = _Combined.apply(out_RD, weights_TK, self, plan, returning)  # type: ignore[no-untyped-call]
+                return y_TD if plus_TD is None else y_TD + plus_TD
+
+            return Then(combined)
         if isinstance(returning, Done):
-            return Done(weighted_sum(returning.value, weights_TK, plan))
-        return Then(lambda: weighted_sum(returning.wait(), weights_TK, plan))
+            return Done(self._sum(returning.value, weights_TK, plan, plus_TD))
+        return Then(lambda: self._sum(returning.wait(), weights_TK, plan, plus_TD))
+
+    def _sum(
+        self, back_SD: Tensor, weights_TK: Tensor | None, plan: DispatchPlan, plus_TD: Tensor | None = None
+    ) -> Tensor:
+        """Rows in send order -> [T, D]: K products a token (weights of one where None), added in order of k."""
+        on_triton = back_SD.dtype != torch.float64 and self._on_triton(back_SD)
+        weighted_sum = weighted_sum_triton if on_triton else weighted_sum_ref
+        return weighted_sum(back_SD, weights_TK, plan.outgoing.position_TK, plus_TD)
+
+    def _on_triton(self, tensor: Tensor) -> bool:
+        return resolve_backend(self.backend, tensor.device) == "triton"
 
     def _send(self, rows_SD: Tensor, plan: DispatchPlan, phase: str) -> Pending[Tensor]:
         """Rows in send order -> rows by slot on the ranks that hold them."""
@@ -153,30 +194,6 @@ def _shown(name: str, value: int) -> str:
     return str(DTYPES[value]) if name == "dtype" and value in range(len(DTYPES)) else str(value)
 
 
-def weighted_sum(back_SD: Tensor, weights_TK: Tensor | None, plan: DispatchPlan) -> Tensor:
-    """Rows in send order -> [T, D] in their dtype: K products a token (weights of one where None), added in order of k.
-
-    Products and sums are float32 (float64 for float64 rows) and apart, never fused, so that they can be recomputed.
-    """
-    position_TK = plan.outgoing.position_TK
-    wide = torch.promote_types(back_SD.dtype, torch.float32)
-    sent, (tokens, top_k) = len(plan.outgoing.order_S), position_TK.shape
-    absent = sent < tokens * top_k
-    if absent:
-        back_SD = torch.cat([back_SD, back_SD.new_zeros(1, back_SD.shape[1])])
-    terms_TKD = back_SD.index_select(0, position_TK.reshape(-1)).to(wide).view(tokens, top_k, back_SD.shape[1])
-    if weights_TK is not None:
-        weights_TK = weights_TK.to(wide)
-        if absent:  # a weight of NaN beside "no expert" must not spread
-            weights_TK = weights_TK.masked_fill(position_TK == sent, 0.0)
-        terms_TKD = terms_TKD * weights_TK.unsqueeze(-1)
-    first_TD, *others = terms_TKD.unbind(1)
-    y_TD = first_TD
-    for term_TD in others:
-        y_TD = y_TD + term_TD
-    return y_TD.to(back_SD.dtype)
-
-
 class _Dispatched(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -189,7 +206,7 @@ class _Dispatched(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, drows_RD: Tensor) -> tuple[Tensor, None, None, None]:
         back_SD = ctx.dispatcher._return(drows_RD, ctx.plan, "backward of dispatch").wait()
-        return weighted_sum(back_SD, None, ctx.plan), None, None, None
+        return ctx.dispatcher._sum(back_SD, None, ctx.plan), None, None, None
 
 
 class _Combined(torch.autograd.Function):
@@ -205,7 +222,7 @@ class _Combined(torch.autograd.Function):
         back_SD = returning.wait()
         ctx.save_for_backward(back_SD, weights_TK)
         ctx.dispatcher, ctx.plan = dispatcher, plan
-        return weighted_sum(back_SD, weights_TK, plan)
+        return dispatcher._sum(back_SD, weights_TK, plan)
 
     @staticmethod
     @once_differentiable

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossdock.comm.plan_kernel import place_rows_triton
 from crossdock.errors import ConfigError
 
 
@@ -35,7 +36,9 @@ class DispatchPlan:
     """send_counts and recv_counts are rows by rank; ends_L int32, where each local slot's rows end.
 
     arrange_R and restore_R (int64) turn rows by source into rows by slot and back; None where they are the same.
-    `step` counts this dispatcher's exchanges.
+    `step` counts this dispatcher's exchanges. token_R (int32) is there for a plan that was made on the device and never
+    leaves it: row r is token token_R[r]'s, nothing is copied to be sent, and only ends_L knows how many rows there are,
+    at most R = T * K.
     """
 
     outgoing: Outgoing
@@ -45,6 +48,7 @@ class DispatchPlan:
     arrange_R: Tensor | None
     restore_R: Tensor | None
     step: int
+    token_R: Tensor | None = None
 
 
 def plan_outgoing(slot_ids_TK: Tensor, num_slots: int) -> Outgoing:
@@ -66,6 +70,13 @@ def plan_outgoing(slot_ids_TK: Tensor, num_slots: int) -> Outgoing:
     device = slot_ids_TK.device
     order_S, position_TK = torch.from_numpy(order_N[none:]), torch.from_numpy(position_N).view(slot_ids_TK.shape)
     return Outgoing(order_S.to(device), position_TK.to(device), counts_P)
+
+
+def plan_on_device(slot_ids_TK: Tensor, num_slots: int, step: int) -> DispatchPlan:
+    """The plan of a rank that holds all slots, in one kernel; ids are not checked: that would wait for the device."""
+    order_N, token_N, position_TK, ends_P = place_rows_triton(slot_ids_TK, num_slots)
+    rows = [slot_ids_TK.numel()]
+    return DispatchPlan(Outgoing(order_N, position_TK, []), rows, rows, ends_P, None, None, step, token_N)
 
 
 def complete_plan(outgoing: Outgoing, counts_WP: list[list[int]], rank: int, step: int) -> DispatchPlan:

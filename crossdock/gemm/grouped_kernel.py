@@ -1,43 +1,49 @@
 # mypy: disable-error-code="attr-defined, no-untyped-def, untyped-decorator"
 """The grouped product of float rows and weights as one Triton kernel over ragged groups.
 
-A program computes one [BLOCK_M, BLOCK_N] tile of one group, walking K in steps of BLOCK_K from 0 upward. That order,
-and the tile sizes in N and K, depend on the dtype alone and never on the number of rows, so a row's result does not
-change with its company; BLOCK_M does follow the number of rows, but both of its values use the same instruction.
+A program computes one [BLOCK_M, BLOCK_N] tile of one group, walking K in steps of BLOCK_K from 0 upward. BLOCK_K
+depends on the dtype alone, so every element is summed in one order whatever tile it falls into, and a row's result does
+not change with its company. Rows may be gathered on the way in (`row_ids`), which saves a launch and a copy of them.
 
-Legend: R rows, L groups (expert slots on this rank), N output columns, K inner size; M, N, K also of one tile.
+Legend: R rows in group order, T rows in memory (R without `row_ids`), L groups (expert slots on this rank), N output
+columns, K inner size; M, N, K also of one tile.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from crossdock._audit_spec import KernelSpec
 from crossdock._triton import interpreting, tl, triton
-from crossdock.gemm.tile_map import GROUP_M, find_tile, next_power_of_2, swizzle, tile_bound
+from crossdock.gemm import configs
+from crossdock.gemm.configs import Kind, Problem
+from crossdock.gemm.product_specs import product_spec, tile_for
+from crossdock.gemm.tile_map import find_tile, map_options, rows_of, source_rows, spans, swizzle, tile_bound
 
 
-def grouped_gemm_ref(rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor) -> Tensor:
+def grouped_gemm_ref(
+    rows_TK: Tensor, weights_LNK: Tensor, ends_L: Tensor, row_ids_R: Tensor | None = None, slab: int = 0
+) -> Tensor:
     """The specification: rows[start:end] @ weights[l]^T for each group l, summed in float32 -> [R, N]."""
-    out_RN = torch.empty((rows_RK.shape[0], weights_LNK.shape[1]), dtype=rows_RK.dtype, device=rows_RK.device)
-    start = 0
-    for w_NK, end in zip(weights_LNK, ends_L.tolist(), strict=True):
-        out_RN[start:end] = rows_RK[start:end].float() @ w_NK.float().t()
-        start = end
+    rows = rows_TK.shape[0] if row_ids_R is None else row_ids_R.shape[0]
+    out_RN = torch.empty((rows, weights_LNK.shape[1]), dtype=rows_TK.dtype, device=rows_TK.device)
+    for group, start, end in spans(ends_L, slab):
+        x_MK = rows_of(rows_TK, start, end, row_ids_R).float()
+        out_RN[start:end] = x_MK @ weights_LNK[group].float().t()
     return out_RN
 
 
 @triton.jit
 def grouped_gemm_kernel(
-    rows_ptr,  # [R, K], rows `stride_r` apart
+    rows_ptr,  # [T, K], rows `stride_r` apart
     weights_ptr,  # group l at l * stride_l; inside, columns or rows `stride_w` apart
-    ends_ptr,  # [L] int32
+    ends_ptr,  # [L] int32: ends, or counts where MASKED
+    row_ids_ptr,  # [R] int32 or int64, read only where GATHER
     out_ptr,  # [R, N] contiguous
     tiles_m,
     L,
     N,
     K,
+    slab,
     stride_r,
     stride_l,
     stride_w,
@@ -46,6 +52,8 @@ def grouped_gemm_kernel(
     EVEN_N: tl.constexpr,  # N is a multiple of BLOCK_N
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     WIDEN: tl.constexpr,  # the interpreter multiplies bf16's bit patterns, so it gets float32
+    GATHER: tl.constexpr,
+    MASKED: tl.constexpr,
     L_POW2: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -53,13 +61,12 @@ def grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
 ):
     tile_m, tile_n = swizzle(tl.program_id(0), tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M)
-    group, start, end = find_tile(ends_ptr, tile_m, L, BLOCK_M, L_POW2)
+    group, start, end = find_tile(ends_ptr, tile_m, L, BLOCK_M, L_POW2, slab, MASKED)
     if start >= end:
         return
-    # Rows and columns past the end read the last one again, which costs no mask; they are never stored.
     row_M = start + tl.arange(0, BLOCK_M)
     col_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    from_M = tl.minimum(row_M, end - 1).to(tl.int64)
+    from_M = source_rows(row_ids_ptr, row_M, end, GATHER)
     from_N = (col_N if EVEN_N else tl.minimum(col_N, N - 1)).to(tl.int64)
     k_K = tl.arange(0, BLOCK_K)
     x_ptrs = rows_ptr + from_M[:, None] * stride_r + k_K[None, :]
@@ -92,50 +99,48 @@ def grouped_gemm_kernel(
     tl.store(out_ptrs, acc_MN.to(out_ptr.dtype.element_ty), mask=(row_M < end)[:, None] & (col_N < N)[None, :])
 
 
-def tile_config(dtype: torch.dtype, rows: int, groups: int) -> dict[str, int]:
-    """Tile sizes, warps and stages: BLOCK_N and BLOCK_K by dtype alone (see the top), BLOCK_M by rows a group.
-
-    float32 runs without tensor cores and needs registers for both operands, hence the small tile.
-    """
-    if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
-    if rows > 64 * groups:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-
-
-def grouped_gemm_triton(rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor) -> Tensor:
+def grouped_gemm_triton(
+    rows_TK: Tensor,
+    weights_LNK: Tensor,
+    ends_L: Tensor,
+    row_ids_R: Tensor | None = None,
+    slab: int = 0,
+) -> Tensor:
     """`grouped_gemm_ref` in one launch that never reads `ends_L` on the host; weights may be a transposed view."""
-    (rows, inner), (groups, columns, _) = rows_RK.shape, weights_LNK.shape
-    out_RN = torch.empty((rows, columns), dtype=rows_RK.dtype, device=rows_RK.device)
+    groups, columns, inner = weights_LNK.shape
+    rows = rows_TK.shape[0] if row_ids_R is None else row_ids_R.shape[0]
+    out_RN = torch.empty((rows, columns), dtype=rows_TK.dtype, device=rows_TK.device)
     if out_RN.numel() == 0:
         return out_RN
-    rows_RK = rows_RK if rows_RK.stride(1) == 1 else rows_RK.contiguous()
+    rows_TK = rows_TK if rows_TK.stride(1) == 1 else rows_TK.contiguous()
     if 1 not in weights_LNK.stride()[1:]:
         weights_LNK = weights_LNK.contiguous()
     k_major = weights_LNK.stride(2) == 1
-    config = tile_config(rows_RK.dtype, rows, groups)
-    tiles_m = tile_bound(rows, groups, config["BLOCK_M"])
-    even_n = columns % config["BLOCK_N"] == 0
-    strides = rows_RK.stride(0), weights_LNK.stride(0), weights_LNK.stride(1 if k_major else 2)
-    grouped_gemm_kernel[(tiles_m * -(-columns // config["BLOCK_N"]),)](
-        rows_RK,
+    kind: Kind = "fp32" if rows_TK.dtype == torch.float32 else "bf16"
+    tile = configs.choose(Problem(kind, rows, groups, columns, inner), rows_TK.device)
+    tiles_m = tile_bound(rows, groups, tile.block_m, slab)
+    even_n = columns % tile.block_n == 0
+    strides = rows_TK.stride(0), weights_LNK.stride(0), weights_LNK.stride(1 if k_major else 2)
+    ends_L = ends_L.contiguous()
+    grouped_gemm_kernel[(tiles_m * -(-columns // tile.block_n),)](
+        rows_TK,
         weights_LNK,
         ends_L,
+        ends_L if row_ids_R is None else row_ids_R.contiguous(),
         out_RN,
         tiles_m,
         groups,
         columns,
         inner,
+        slab,
         *strides,
         K_MAJOR=k_major,
-        ALIGNED=is_aligned(rows_RK, *strides) and is_aligned(weights_LNK) and (k_major or even_n),
+        ALIGNED=is_aligned(rows_TK, *strides) and is_aligned(weights_LNK) and (k_major or even_n),
         EVEN_N=even_n,
-        EVEN_K=inner % config["BLOCK_K"] == 0,
-        WIDEN=interpreting() and rows_RK.dtype == torch.bfloat16,
-        L_POW2=next_power_of_2(groups),
-        GROUP_M=GROUP_M,
-        **config,
+        EVEN_K=inner % tile.block_k == 0,
+        WIDEN=interpreting() and rows_TK.dtype == torch.bfloat16,
+        **map_options(groups, row_ids_R, slab),
+        **tile.launch(),
     )
     return out_RN
 
@@ -146,33 +151,25 @@ def is_aligned(tensor: Tensor, *strides: int) -> bool:
     return tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in strides)
 
 
-def _audit(dtype: torch.dtype, rows: int, columns: int, inner: int, k_major: bool = True) -> KernelSpec:
-    config: dict[str, Any] = tile_config(dtype, rows, groups=32)
-    warps, stages = config.pop("num_warps"), config.pop("num_stages")
-    even = {"EVEN_N": columns % config["BLOCK_N"] == 0, "EVEN_K": inner % config["BLOCK_K"] == 0}
-    flags = {"K_MAJOR": k_major, "ALIGNED": True} | even | {"WIDEN": False, "L_POW2": 32, "GROUP_M": GROUP_M}
-    constexprs = flags | config
-    element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-    pointers = {"rows_ptr": element, "weights_ptr": element, "ends_ptr": "i32", "out_ptr": element}
-    names = ("tiles_m", "L", "N", "K", "stride_r", "stride_l", "stride_w")
-    return KernelSpec(
-        name="grouped_gemm" if k_major else "grouped_gemm_dx",
-        kernel=grouped_gemm_kernel,
-        config=f"{element}, R={rows} L=32 N={columns} K={inner}, BLOCK_M={config['BLOCK_M']}",
-        signature={name: f"*{kind}" for name, kind in pointers.items()}
-        | dict.fromkeys(names, "i32")
-        | dict.fromkeys(constexprs, "constexpr"),
-        constexprs=constexprs,
-        num_warps=warps,
-        num_stages=stages,
-        needs_matrix_instruction=dtype != torch.float32,
+def _audit(problem: Problem, k_major: bool = True, layout: str = "ragged") -> KernelSpec:
+    tile, element = tile_for(problem), problem.kind
+    even = {"EVEN_N": problem.columns % tile.block_n == 0, "EVEN_K": problem.inner % tile.block_k == 0}
+    pointers = {"rows_ptr": element, "weights_ptr": element, "ends_ptr": "i32", "row_ids_ptr": "i32"}
+    return product_spec(
+        "grouped_gemm" if k_major else "grouped_gemm_dx",
+        grouped_gemm_kernel,
+        problem,
+        {name: f"*{kind}" for name, kind in (pointers | {"out_ptr": element}).items()},
+        ("tiles_m", "L", "N", "K", "slab", "stride_r", "stride_l", "stride_w"),
+        {"K_MAJOR": k_major, "ALIGNED": True} | even | {"WIDEN": False},
+        layout,
     )
 
 
 AUDIT = [
-    _audit(torch.bfloat16, 32 * 1024, 4096, 7168),
-    _audit(torch.bfloat16, 32 * 1024, 7168, 2048),
-    _audit(torch.bfloat16, 32 * 8, 4096, 7168),
-    _audit(torch.bfloat16, 32 * 1024, 7168, 4096, k_major=False),
-    _audit(torch.float32, 32 * 1024, 4096, 7168),
+    _audit(Problem("bf16", 32 * 1024, 32, 4096, 7168)),
+    _audit(Problem("bf16", 32 * 8, 32, 4096, 7168), layout="gather"),
+    _audit(Problem("bf16", 32 * 8, 32, 4096, 7168), layout="masked"),
+    _audit(Problem("bf16", 32 * 1024, 32, 7168, 4096), k_major=False),
+    _audit(Problem("fp32", 32 * 1024, 32, 4096, 7168)),
 ]

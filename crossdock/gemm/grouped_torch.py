@@ -22,6 +22,7 @@ from torch import Tensor
 
 from crossdock.linear import ROW_QUANTUM
 
+FEW_ROWS, SMALL_WEIGHT = 16, 1 << 17  # below both, copying weights costs less than a call a group (bfloat16)
 MAX_GROUPS_PER_FILLED = 8  # F.grouped_mm loses to the loop where fewer than one group in this many has rows
 
 
@@ -53,10 +54,19 @@ def _product(rows_RA: Tensor, weights_LAB: Tensor, ends_L: Tensor) -> Tensor:
     takes_grouped_mm = rows_RA.dtype == torch.bfloat16 and all(map(_is_aligned, (rows_RA, weights_LAB)))
     if takes_grouped_mm and rows_RA.device.type != "cpu" and rows_RA.shape[0]:
         return F.grouped_mm(rows_RA, weights_LAB, offs=ends_L)
-    spans = _spans(ends_L)
+    if takes_grouped_mm and rows_RA.shape[0] <= FEW_ROWS and weights_LAB[0].numel() <= SMALL_WEIGHT:
+        return _one_batch(rows_RA, weights_LAB, ends_L)
+    spans = row_spans(ends_L)
     if takes_grouped_mm and ends_L.shape[0] <= MAX_GROUPS_PER_FILLED * len(spans):
         return F.grouped_mm(rows_RA, weights_LAB, offs=ends_L)
     return _loop(rows_RA, weights_LAB, spans)
+
+
+def _one_batch(rows_RA: Tensor, weights_LAB: Tensor, ends_L: Tensor) -> Tensor:
+    """A copy of its group's weight for each row, and all rows as one batch of products."""
+    group_R = torch.searchsorted(ends_L, torch.arange(rows_RA.shape[0], dtype=torch.int32), right=True)
+    weights_RAB = weights_LAB.transpose(1, 2).index_select(0, group_R).transpose(1, 2)
+    return torch.bmm(rows_RA.unsqueeze(1), weights_RAB).squeeze(1)
 
 
 def _loop(rows_RA: Tensor, weights_LAB: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
@@ -85,7 +95,7 @@ def _loop(rows_RA: Tensor, weights_LAB: Tensor, spans: list[tuple[int, int, int]
     return out_RB[:count]
 
 
-def _spans(ends_L: Tensor) -> list[tuple[int, int, int]]:
+def row_spans(ends_L: Tensor) -> list[tuple[int, int, int]]:
     """(group, first row, end row) of every group that has rows."""
     found, start = [], 0
     for group, end in enumerate(ends_L.tolist()):

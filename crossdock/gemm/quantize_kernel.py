@@ -1,9 +1,12 @@
 # mypy: disable-error-code="attr-defined, no-untyped-def, untyped-decorator"
-"""1x128 quantisation of rows on the device, and the piece of it that fused kernels share.
+"""Quantisation of rows on the device, per 1x128 and per row, and the piece of it that fused kernels share.
 
 A strip is 128 neighbouring columns of one row. A program takes one row and up to 8 strips of it:
 
     row r:  | strip 0 | strip 1 | ... | strip 7 |  -> 1024 codes, 8 scales
+
+With one scale a row, a row is one strip and a program's, however long: its largest value must be known before its first
+code, and reading the row twice was rejected. It stays in registers up to 16384 columns.
 
 Legend: R rows, K columns, B strips of 128 a row, S strips a program, C columns of a strip.
 """
@@ -28,6 +31,14 @@ def quantize_rows_ref(x_RK: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     scale_RB = scale_of(x_RBC.abs().amax(-1), pow2)
     q_RBC = encode(x_RBC, scale_RB[..., None])
     return q_RBC.reshape(rows, q_RBC.shape[1] * BLOCK)[:, :inner].contiguous(), scale_RB
+
+
+def quantize_whole_rows_ref(x_RK: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    """The same with one scale a row: [R, K] -> codes [R, K] e4m3, scales [R] float32."""
+    x_RK = x_RK.float()
+    amax_R = x_RK.abs().amax(-1) if x_RK.shape[1] else x_RK.new_zeros(x_RK.shape[0])
+    scale_R = scale_of(amax_R, pow2)
+    return encode(x_RK, scale_R[:, None]), scale_R
 
 
 def scale_of(amax: Tensor, pow2: bool) -> Tensor:
@@ -116,6 +127,26 @@ def quantize_rows_triton(x_RK: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     return q_RK, scale_RB
 
 
+def quantize_whole_rows_triton(x_RK: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    """`quantize_whole_rows_ref` in one launch, by the kernel for strips: one strip a row, wide enough for all of it."""
+    rows, inner = x_RK.shape
+    x_RK = x_RK if x_RK.stride(1) == 1 else x_RK.contiguous()
+    q_RK = torch.empty((rows, inner), dtype=torch.float8_e4m3fn, device=x_RK.device)
+    scale_R = torch.empty(rows, dtype=torch.float32, device=x_RK.device)
+    if inner == 0:
+        return q_RK, scale_R.fill_(MIN_SCALE)
+    if rows:
+        options = quantize_options(pow2) | whole_row(inner)
+        quantize_rows_kernel[(rows, 1)](x_RK, q_RK, scale_R, x_RK.stride(0), inner, 1, **options)
+    return q_RK, scale_R
+
+
+def whole_row(inner: int) -> dict[str, int]:
+    """How the kernel takes a row of `inner` columns whole: one strip, some 16 elements a thread at least."""
+    block = max(BLOCK, 1 << (inner - 1).bit_length())
+    return {"STRIPS": 1, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
 def quantize_options(pow2: bool) -> dict[str, float | bool | int]:
     """The compile-time arguments of a kernel that ends in `quantize_strips`."""
     return {
@@ -128,16 +159,19 @@ def quantize_options(pow2: bool) -> dict[str, float | bool | int]:
     }
 
 
-def _audit(pow2: bool) -> KernelSpec:
-    constexprs = quantize_options(pow2) | {"PRE_ROUND": False}
+def _audit(pow2: bool, inner: int = 0) -> KernelSpec:
+    """`inner` columns taken whole, or strips."""
+    constexprs = quantize_options(pow2) | (whole_row(inner) if inner else {}) | {"PRE_ROUND": False}
+    warps = constexprs.pop("num_warps", 4)
     types = {"x_ptr": "*bf16", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "stride_x": "i32", "K": "i32", "B": "i32"}
     return KernelSpec(
-        name="quantize_rows",
+        name="quantize_whole_rows" if inner else "quantize_rows",
         kernel=quantize_rows_kernel,
-        config=f"bf16, {STRIPS}x{BLOCK} strips" + (", pow2 scales" if pow2 else ""),
+        config=(f"bf16, K={inner}" if inner else f"bf16, {STRIPS}x{BLOCK} strips") + (", pow2 scales" if pow2 else ""),
         signature=types | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
+        num_warps=int(warps),
     )
 
 
-AUDIT = [_audit(pow2=False), _audit(pow2=True)]
+AUDIT = [_audit(pow2=False), _audit(pow2=True), _audit(pow2=False, inner=7168), _audit(pow2=True, inner=2048)]

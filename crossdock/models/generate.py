@@ -9,7 +9,10 @@ it the drafted one where there is a draft), samples after each, and keeps what a
     step 1   t3 d4                -> t4 (= d4? then t5)     draft from (t4 t5, hidden of t3 d4)       -> d6
     step 2   t5 d6                -> ...
 
-A draft only decides how many tokens a step yields, never which: the token sampled after t3 is what it would have been
+Several drafts a step are a chain: the MTP layer reads its own hidden state and its last draft for the next one. What it
+caches on the way is written anew once the tokens are real.
+
+Drafts only decide how many tokens a step yields, never which: the token sampled after t3 is what it would have been
 alone, and d4's row is used only where it is that very token (exact for greedy and for sampling alike).
 """
 
@@ -29,6 +32,7 @@ from crossdock.models.cache import Batch, PagedCache, Sequence, Span
 from crossdock.models.sampling import Sampling, sample
 
 PAGE_SIZE = 64  # tokens a page
+DRAFT_TOKENS = 2  # a step, where nothing else is asked for and the model has an MTP layer
 
 
 class CausalModel(Protocol):
@@ -83,7 +87,7 @@ class _Active:
     ids: list[int]
     prompt_length: int
     sequence: Sequence = field(default_factory=Sequence)
-    draft: int | None = None
+    drafts: list[int] = field(default_factory=list)
     done: bool = False
     hasher: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
@@ -99,15 +103,15 @@ class _Generator:
         sampling: Sampling,
         max_new_tokens: int,
         stop_ids: frozenset[int],
-        speculate: bool,
+        draft_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.model, self.transport, self.sampling, self.device = model, transport, sampling, device
-        self.max_new_tokens, self.stop_ids, self.speculate = max_new_tokens, stop_ids, speculate
+        self.max_new_tokens, self.stop_ids, self.draft_tokens = max_new_tokens, stop_ids, draft_tokens
         mine = range(transport.rank, len(prompts), transport.world_size)
         self.active = [_Active(i, list(prompts[i]), len(prompts[i])) for i in mine]
-        pages = sum(-(-(a.prompt_length + max_new_tokens + 1) // PAGE_SIZE) for a in self.active)
+        pages = sum(-(-(a.prompt_length + max_new_tokens + max(1, draft_tokens)) // PAGE_SIZE) for a in self.active)
         self.cache = PagedCache(model.cache_layers, model.cache_width, max(pages, 1), PAGE_SIZE, dtype, device)
         self.drafted = self.accepted = 0
 
@@ -118,7 +122,7 @@ class _Generator:
     def step(self, on_token: Callable[[int, int], None] | None) -> None:
         """One forward of all ranks, then the draft for the next."""
         live = [a for a in self.active if not a.done]
-        fed = [a.ids[a.sequence.length :] + ([] if a.draft is None else [a.draft]) for a in live]
+        fed = [a.ids[a.sequence.length :] + a.drafts for a in live]
         decode = [a.sequence.length > 0 for a in live]
         pieces = [(a.sequence, len(ids), is_decode) for a, ids, is_decode in zip(live, fed, decode, strict=True)]
         batch = self.cache.batch(pieces)
@@ -132,7 +136,7 @@ class _Generator:
             new = self._accept(a, logits_RV[row : row + count], on_token)
             row += count
             kept.append(len(ids) if not span.decode else new)
-        if self.speculate:
+        if self.draft_tokens:
             self._draft(live, batch, hidden_TD, kept, decode)
         for a, count in zip(live, kept, strict=True):
             a.sequence.length += count
@@ -142,7 +146,7 @@ class _Generator:
     def _accept(self, a: _Active, logits_RV: Tensor, on_token: Callable[[int, int], None] | None) -> int:
         """Samples after each row until one differs from the draft fed behind it; returns the tokens gained."""
         gained = 0
-        for logits_V in logits_RV:
+        for logits_V, draft in zip(logits_RV, [*a.drafts, None], strict=True):
             if math.isnan(float(logits_V.sum())):
                 raise CrossdockError(f"prompt {a.prompt}: the logits after {len(a.ids)} tokens are not finite")
             token = sample(logits_V, self.sampling, a.prompt, len(a.ids))
@@ -151,27 +155,36 @@ class _Generator:
             gained += 1
             if on_token is not None:
                 on_token(a.prompt, token)
-            a.done = token in self.stop_ids or len(a.ids) >= a.prompt_length + self.room(a.prompt_length)
-            if a.done or token != a.draft or gained == len(logits_RV):
+            a.done = token in self.stop_ids or self._left(a) == 0
+            if a.done or token != draft:
                 break
-        if a.draft is not None:
-            self.drafted += 1
-            self.accepted += gained > 1
-        a.draft = None
+        self.drafted += len(a.drafts)
+        self.accepted += gained - 1
+        a.drafts = []
         return gained
 
+    def _left(self, a: _Active) -> int:
+        """Tokens that `a` has still to generate."""
+        return a.prompt_length + self.room(a.prompt_length) - len(a.ids)
+
     def _draft(self, live: list[_Active], batch: Batch, hidden_TD: Tensor, kept: list[int], decode: list[bool]) -> None:
-        """Runs the MTP layer over the tokens that were kept; its last row a sequence is the next draft."""
+        """Runs the MTP layer over the tokens that were kept; its last row a sequence gives the first draft of the next
+        step, and each further pass, over that draft alone, one more."""
         going = [i for i, a in enumerate(live) if not a.done]
         rows = [row for i in going for row in range(batch.spans[i].start, batch.spans[i].start + kept[i])]
-        following = [live[i].ids[live[i].sequence.length + 1 :][: kept[i]] for i in going]
-        mtp_batch = self.cache.batch([(live[i].sequence, kept[i], decode[i]) for i in going])
-        drafted_TD = self.model.draft(self._ids(following), hidden_TD[rows], mtp_batch, self.cache)
-        if going:
-            logits_SV = self.model.logits(drafted_TD[[span.stop - 1 for span in mtp_batch.spans]])
-            for i, draft in zip(going, logits_SV.argmax(-1).tolist(), strict=True):
-                last = len(live[i].ids) + 1 >= live[i].prompt_length + self.room(live[i].prompt_length)
-                live[i].draft = None if last else draft
+        fed = [live[i].ids[live[i].sequence.length + 1 :][: kept[i]] for i in going]
+        pieces = [(live[i].sequence, kept[i], decode[i]) for i in going]
+        hidden_TD = hidden_TD[rows]
+        for number in range(self.draft_tokens):
+            mtp_batch = self.cache.batch(pieces)
+            drafted_TD = self.model.draft(self._ids(fed), hidden_TD, mtp_batch, self.cache)
+            hidden_TD = drafted_TD[[span.stop - 1 for span in mtp_batch.spans]]
+            drafts = self.model.logits(hidden_TD).argmax(-1).tolist() if going else []
+            for i, draft in zip(going, drafts, strict=True):
+                if self._left(live[i]) > number + 1:  # the step that verifies drafts adds a token of its own
+                    live[i].drafts.append(draft)
+            fed = [[draft] for draft in drafts]
+            pieces = [(Sequence(a.pages, a.length + count), 1, True) for a, count, _ in pieces]
 
     def _ids(self, pieces: list[list[int]]) -> Tensor:
         return torch.tensor([i for piece in pieces for i in piece], dtype=torch.int64, device=self.device)
@@ -189,7 +202,7 @@ def _sampled_rows(span: Span) -> range:
     return range(span.start if span.decode else span.stop - 1, span.stop)
 
 
-def _check(model: CausalModel, prompts: list[list[int]], max_new_tokens: int, speculate: bool) -> None:
+def _check(model: CausalModel, prompts: list[list[int]], max_new_tokens: int, draft_tokens: int) -> None:
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     if not prompts:
@@ -202,8 +215,10 @@ def _check(model: CausalModel, prompts: list[list[int]], max_new_tokens: int, sp
         outside = next((i for i in prompt if not 0 <= i < model.vocab_size), None)
         if outside is not None:
             raise ConfigError(f"prompt {number} holds token id {outside}, expected 0 to {model.vocab_size - 1}")
-    if speculate and not model.has_mtp:
-        raise ConfigError("speculation was asked for, but the checkpoint has no MTP layer")
+    if draft_tokens < 0:
+        raise ConfigError(f"draft_tokens must be at least 0, found {draft_tokens}")
+    if draft_tokens and not model.has_mtp:
+        raise ConfigError(f"draft_tokens is {draft_tokens}, but the checkpoint has no MTP layer to draft with")
 
 
 @torch.inference_mode()
@@ -215,19 +230,20 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop_ids: frozenset[int] = frozenset(),
-    speculate: bool = False,
+    draft_tokens: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     on_token: Callable[[int, int], None] | None = None,
 ) -> Generation:
     """Generates after each prompt; every rank calls this with the same prompts, rank r works on prompts r, r + W, ...
 
-    A sequence ends at a stop id, after max_new_tokens, or where the model's context does. `dtype` is the cache's.
+    A sequence ends at a stop id, after max_new_tokens, or where the model's context does. `draft_tokens` are drafted by
+    the MTP layer and verified together in each step; 0 decodes plainly. `dtype` is the cache's.
     `on_token(prompt, token)` is called on the rank that owns the prompt. Raises ConfigError for a prompt that is empty,
-    longer than the context or holds an id outside the vocabulary, for max_new_tokens below 1, and for `speculate` on a
-    model without an MTP layer, CrossdockError for logits that are not finite.
+    longer than the context or holds an id outside the vocabulary, for max_new_tokens below 1, and for drafts
+    of a model without an MTP layer, CrossdockError for logits that are not finite.
     """
-    _check(model, prompts, max_new_tokens, speculate)
+    _check(model, prompts, max_new_tokens, draft_tokens)
     run = _Generator(
         model,
         prompts,
@@ -235,7 +251,7 @@ def generate(
         sampling or Sampling(),
         max_new_tokens,
         stop_ids,
-        speculate,
+        draft_tokens,
         dtype,
         torch.device(device),
     )

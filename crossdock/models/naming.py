@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from crossdock.models.loader import Source, Target
-from crossdock.moe import Fp8Experts, MoELayer, SwigluMLP
+from crossdock.moe import Fp8Experts, MoELayer, PackedExperts, SwigluMLP
 
 
 def whole(into: Tensor, *names: str) -> Target:
@@ -34,6 +34,7 @@ def swiglu(mlp: SwigluMLP, prefix: str) -> Iterator[Target]:
 def experts(layer: MoELayer, prefix: str) -> Iterator[Target]:
     """The experts in this rank's slots, from per-expert tensors or from fused ones."""
     held = layer.experts
+    assert not isinstance(held, PackedExperts), "experts are packed after they are loaded"
     size_F = held.down.shape[-1]
     halves = {"gate_proj": slice(0, size_F), "up_proj": slice(size_F, 2 * size_F)}
     rank = layer.dispatcher.transport.rank

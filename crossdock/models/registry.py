@@ -18,6 +18,7 @@ from crossdock.models.loader import Checkpoint, LoadReport, load_into, read_conf
 from crossdock.models.qwen_moe import QwenMoEConfig, QwenMoEModel
 from crossdock.models.qwen_moe.config import MODEL_TYPES as QWEN_TYPES
 from crossdock.models.qwen_moe.names import targets as qwen_targets
+from crossdock.moe import MoELayer
 
 FAMILIES = (*DEEPSEEK_TYPES, *QWEN_TYPES)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -74,6 +75,9 @@ def load_model(
         targets = qwen_targets(model)
     report = load_into(checkpoint, targets, progress)
     model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.pack()
     return Loaded(model, report, stop_ids)
 
 

@@ -1,7 +1,7 @@
 """The MoE layer: routing, exchange and grouped GEMMs composed."""
 
 from crossdock.moe.config import MoEConfig
-from crossdock.moe.experts import Experts, Fp8Experts, make_experts
+from crossdock.moe.experts import Experts, Fp8Experts, Fp8RowExperts, PackedExperts, make_experts
 from crossdock.moe.gradients import sum_replicated_gradients
 from crossdock.moe.layer import MoELayer
 from crossdock.moe.mlp import GatedMLP, SwigluMLP
@@ -10,9 +10,11 @@ from crossdock.moe.reference import moe_ref
 __all__ = [
     "Experts",
     "Fp8Experts",
+    "Fp8RowExperts",
     "GatedMLP",
     "MoEConfig",
     "MoELayer",
+    "PackedExperts",
     "SwigluMLP",
     "make_experts",
     "moe_ref",

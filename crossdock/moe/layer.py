@@ -15,7 +15,7 @@ from crossdock.comm import Dispatcher
 from crossdock.comm.transport import Transport
 from crossdock.errors import ConfigError
 from crossdock.moe.config import MoEConfig
-from crossdock.moe.experts import make_experts
+from crossdock.moe.experts import Experts, Fp8Experts, PackedExperts, make_experts
 from crossdock.moe.mlp import GatedMLP, SwigluMLP
 from crossdock.parallel import ExpertPlacement
 from crossdock.routing import Router
@@ -62,8 +62,14 @@ class MoELayer(nn.Module):
             device=device,
             backend=backend,
         )
-        self.dispatcher = Dispatcher(transport, placement.num_slots, config.hidden_size, dtype)
-        self.experts = make_experts(config, placement.slots_per_rank, dtype, device, backend)
+        self.dispatcher = Dispatcher(transport, placement.num_slots, config.hidden_size, dtype, backend)
+        self.placement_tables: tuple[Tensor, Tensor] | None = None  # None where expert ids are slot ids
+        if not placement.is_identity:
+            tables = placement.logical_to_physical_EX, placement.replica_count_E
+            self.placement_tables = tables[0].to(device), tables[1].to(device)
+        self.experts: Experts | PackedExperts | Fp8Experts = make_experts(
+            config, placement.slots_per_rank, dtype, device, backend
+        )
         self.shared_experts: SwigluMLP | None = None
         if config.shared_size:
             mlp = GatedMLP if config.shared_gate else SwigluMLP
@@ -73,13 +79,22 @@ class MoELayer(nn.Module):
             "load_E", torch.zeros(config.num_experts, dtype=torch.int64, device=device), persistent=False
         )
 
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Lays experts out for inference on this device once and for all, where that helps; the bits stay the same.
+
+        The experts' parameters are gone after that: load and train before it.
+        """
+        if isinstance(self.experts, Experts):
+            self.experts = self.experts.packed()
+
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D] in x's dtype; a collective of all ranks."""
-        routing = self.router(x_TD, load_E=self.load_E)
-        plan = self.dispatcher.plan(self.placement.slot_ids(routing.expert_ids_TK))
+        routing = self.router(x_TD, load_E=self.load_E, placement_tables=self.placement_tables)
+        slot_ids_TK = routing.expert_ids_TK if routing.slot_ids_TK is None else routing.slot_ids_TK
+        plan = self.dispatcher.plan(slot_ids_TK)
         arriving = self.dispatcher.dispatch_async(x_TD, plan)
         shared_TD = self.shared_experts(x_TD) if self.shared_experts is not None else None
         inbound = arriving.wait()
         out_RD = self.experts(inbound)
-        y_TD = self.dispatcher.combine(out_RD, routing.weights_TK, inbound)
-        return y_TD if shared_TD is None else y_TD + shared_TD
+        return self.dispatcher.combine(out_RD, routing.weights_TK, inbound, shared_TD)

@@ -19,24 +19,30 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch
         raise ConfigError(f"{name}: found {found}, expected {list(shape)} {dtype} on {device}")
 
 
-def check_operands(
-    logits_TE: Tensor,
+def check_logits(logits_TE: Tensor) -> None:
+    """Raises ConfigError where logits are not float32 [T, E]."""
+    if logits_TE.dim() != 2 or logits_TE.dtype != torch.float32:
+        raise ConfigError(f"logits_TE: found {list(logits_TE.shape)} {logits_TE.dtype}, expected [T, E] torch.float32")
+
+
+def check_options(
+    rows: int,
+    num_experts: int,
+    device: torch.device,
     bias_E: Tensor | None,
     valid_T: Tensor | None,
     placement_tables: PlacementTables | None,
     load_E: Tensor | None,
 ) -> None:
-    """Raises ConfigError where a tensor does not fit the float32 logits [T, E]."""
-    if logits_TE.dim() != 2 or logits_TE.dtype != torch.float32:
-        raise ConfigError(f"logits_TE: found {list(logits_TE.shape)} {logits_TE.dtype}, expected [T, E] torch.float32")
-    rows, num_experts = logits_TE.shape
-    device = logits_TE.device
+    """Raises ConfigError where a tensor does not fit `rows` rows of logits over `num_experts` on `device`."""
     if bias_E is not None:
         check_tensor("bias_E", bias_E, (num_experts,), torch.float32, device)
     if valid_T is not None:
         check_tensor("valid_T", valid_T, (rows,), torch.bool, device)
     if load_E is not None:
         check_tensor("load_E", load_E, (num_experts,), torch.int64, device)
+        if not load_E.is_contiguous():
+            raise ConfigError(f"load_E: found stride {load_E.stride(0)}, expected 1, as it is added to in place")
     if placement_tables is not None:
         slots_EX, count_E = placement_tables
         most = slots_EX.shape[1] if slots_EX.dim() == 2 else 1

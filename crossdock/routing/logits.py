@@ -4,19 +4,26 @@
 E is small and D long, so a few rows fill a GPU only when D is split. Every chunk of D is summed on its own, and chunks
 are added in ascending order, in one of two ways that give the same bits:
 
-    few rows:   a program per (row tile, expert tile, chunk) --> partials [S, T, E] --> a second kernel adds over S
-    many rows:  a program per (row tile, expert tile) adds its chunks as it goes, which saves the partials
+    few rows:   a program per (row tile, expert tile, chunk) --> partials [S, T, E] --> the next kernel adds over S
+    many rows:  a program per (row tile, expert tile) adds its chunks as it goes --> partials [1, T, E]
+
+The next kernel is `sum_chunks_kernel` where logits are wanted, and the selection itself where only choices are
+(`Router.forward`), which adds in the same order.
 
 bfloat16 rows meet a float32 weight as three bfloat16 thirds of it (8 + 8 + 8 bits hold all 24), which matrix units
 multiply exactly; widening the rows instead makes Triton 3.7 compile "ieee" to tf32 on sm_100, 13 bits short.
 
+One row of DeepSeek-V3 makes 4 expert tiles x 28 chunks = 112 programs.
+
 Rejected: atomic adds (order changes between runs); a chunk length or tile shape that depends on T (then a row's bits
-would too, matrix instructions of other shapes adding in another order). torch's own sum over S would have that fault.
+might too, as matrix instructions of other shapes may add in another order: narrower tiles would make more programs
+where E is 128, but with wgmma n16 or n32 for n64, and 16 wide with mfma 16x16 for 32x32). torch's own sum over S would
+have that fault.
 
 Legend: T tokens on this rank, D hidden, E logical experts, S chunks of D.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +46,12 @@ def router_gemm(x_TD: Tensor, w_ED: Tensor, backend: Backend = "auto") -> Tensor
     x and w are float32, bfloat16 or float16, each of its own. Raises ConfigError where they do not fit together.
     """
     check_product(x_TD, w_ED)
-    if resolve_backend(backend, x_TD.device) == "torch":
+    return router_logits(x_TD, w_ED, resolve_backend(backend, x_TD.device))
+
+
+def router_logits(x_TD: Tensor, w_ED: Tensor, backend: Literal["torch", "triton"]) -> Tensor:
+    """`router_gemm` of operands already checked."""
+    if backend == "torch":
         return router_gemm_ref(x_TD, w_ED)
     out_TE: Tensor = _RouterGemm.apply(x_TD, w_ED)  # type: ignore[no-untyped-call]
     return out_TE
@@ -147,29 +159,43 @@ def sum_chunks_kernel(partials, out, size, S, BLOCK: tl.constexpr):
 
 def router_gemm_triton(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     """`router_gemm` without gradient: one launch for many rows, two for few."""
+    partials_STE = router_partials(x_TD, w_ED)
+    chunks, rows, experts = partials_STE.shape
+    if chunks == 1:
+        return partials_STE[0]
+    out_TE = torch.empty(rows, experts, dtype=torch.float32, device=x_TD.device)
+    size = rows * experts
+    sum_chunks_kernel[(triton.cdiv(size, SUM_BLOCK),)](partials_STE, out_TE, size, chunks, SUM_BLOCK)
+    return out_TE
+
+
+def router_partials(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    """Float32 [S, T, E] whose sum over S, taken in ascending order, is `router_gemm`: one launch.
+
+    S is 1 where there are tiles enough to fill a GPU. Operands whose two dtypes no kernel multiplies, or whose rows
+    are not contiguous, are converted first, which is a launch more.
+    """
     (rows, inner), experts = x_TD.shape, w_ED.shape[0]
     thirds = x_TD.dtype == torch.bfloat16 and w_ED.dtype == torch.float32
     if x_TD.dtype != w_ED.dtype and not thirds:
         x_TD, w_ED = x_TD.float(), w_ED.float()
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     w_ED = w_ED if w_ED.stride(1) == 1 else w_ED.contiguous()
-    out_TE = torch.empty(rows, experts, dtype=torch.float32, device=x_TD.device)
     tiles = triton.cdiv(rows, BLOCK_T), triton.cdiv(experts, BLOCK_E)
-    chunks = triton.cdiv(inner, CHUNK)
-    if rows == 0 or chunks == 0:
-        return out_TE.zero_()
-    split = chunks > 1 and tiles[0] * tiles[1] < SPLIT_BELOW
-    to = torch.empty(chunks, rows, experts, dtype=torch.float32, device=x_TD.device) if split else out_TE
-    router_gemm_kernel[(*tiles, chunks if split else 1)](
+    chunks = max(1, triton.cdiv(inner, CHUNK)) if 0 < tiles[0] * tiles[1] < SPLIT_BELOW else 1
+    out_STE = torch.empty(chunks, rows, experts, dtype=torch.float32, device=x_TD.device)
+    if rows == 0:
+        return out_STE
+    router_gemm_kernel[(*tiles, chunks)](
         x_TD,
         w_ED,
-        to,
+        out_STE,
         rows,
         experts,
         inner,
         x_TD.stride(0),
         w_ED.stride(0),
-        SPLIT=split,
+        SPLIT=chunks > 1,
         THIRDS=thirds,
         ALIGNED=_is_aligned(x_TD) and _is_aligned(w_ED),
         EVEN=inner % CHUNK == 0,
@@ -178,9 +204,7 @@ def router_gemm_triton(x_TD: Tensor, w_ED: Tensor) -> Tensor:
         num_warps=4,
         num_stages=3,
     )
-    if split:
-        sum_chunks_kernel[(triton.cdiv(rows * experts, SUM_BLOCK),)](to, out_TE, rows * experts, chunks, SUM_BLOCK)
-    return out_TE
+    return out_STE
 
 
 def _tile(wide: bool) -> dict[str, int]:

@@ -1,15 +1,21 @@
 """`Router`: a layer's router weight, its selection bias and the options that turn rows into a `Routing`.
 
-Legend: T tokens on this rank, D hidden, E logical experts, K experts per token.
+On the Triton backend, where no gradient is asked for, routing is two launches: the product writes partial sums, and the
+selection adds them, scores, selects, finds slots and counts load. With a gradient the logits are needed too, so that
+they are added up in a launch between. The bits are the same.
+
+Legend: T tokens on this rank, D hidden, E logical experts, K experts per token, X most replicas of any expert.
 """
 
 import torch
 from torch import Tensor, nn
 
-from crossdock.backend import Backend
-from crossdock.routing.logits import router_gemm
+from crossdock.backend import Backend, resolve_backend
+from crossdock.routing.checks import PlacementTables, check_options, check_product
+from crossdock.routing.logits import router_logits, router_partials
 from crossdock.routing.rule import Routing, Rule, Score
-from crossdock.routing.select import select_experts
+from crossdock.routing.select import route
+from crossdock.routing.select_kernel import select_partials
 
 
 class Router(nn.Module):
@@ -47,24 +53,27 @@ class Router(nn.Module):
         bias_E = torch.zeros(num_experts, dtype=torch.float32, device=device) if selection_bias else None
         self.register_buffer("e_score_correction_bias", bias_E)
 
-    def forward(self, x_TD: Tensor, valid_T: Tensor | None = None, load_E: Tensor | None = None) -> Routing:
+    def forward(
+        self,
+        x_TD: Tensor,
+        valid_T: Tensor | None = None,
+        load_E: Tensor | None = None,
+        placement_tables: PlacementTables | None = None,
+    ) -> Routing:
         """Routes rows [T, D] of any float type; the gradient reaches x and `weight` through `weights_TK`.
 
         valid_T: bool, False for rows that shall have no expert. load_E: int64, the choices of each expert are added.
+        placement_tables: (logical_to_physical_EX, replica_count_E), int64: asks for `slot_ids_TK`.
+
+        Raises ConfigError, before any launch, for tensors of another shape, dtype or device.
         """
-        if valid_T is not None and torch.is_grad_enabled():
+        check_product(x_TD, self.weight)
+        options = self.e_score_correction_bias, valid_T, placement_tables, load_E
+        check_options(len(x_TD), self.rule.num_experts, x_TD.device, *options)
+        backend = resolve_backend(self.backend, x_TD.device)
+        has_gradient = torch.is_grad_enabled() and (x_TD.requires_grad or self.weight.requires_grad)
+        if backend == "triton" and not has_gradient:
+            return Routing(*select_partials(router_partials(x_TD, self.weight), self.rule, *options))
+        if valid_T is not None and has_gradient:
             x_TD = x_TD.masked_fill(~valid_T[:, None], 0.0)  # or a NaN there would reach the gradient of `weight`
-        rule = self.rule
-        return select_experts(
-            router_gemm(x_TD, self.weight, self.backend),
-            top_k=rule.top_k,
-            score=rule.score,
-            bias_E=self.e_score_correction_bias,
-            num_groups=rule.num_groups,
-            top_groups=rule.top_groups,
-            renormalize=rule.renormalize,
-            scale=rule.scale,
-            valid_T=valid_T,
-            load_E=load_E,
-            backend=self.backend,
-        )
+        return route(router_logits(x_TD, self.weight, backend), self.rule, *options, backend=backend)

@@ -6,7 +6,7 @@ Legend: T tokens on this rank, E logical experts, K experts per token, X most re
 from torch import Tensor
 
 from crossdock.backend import Backend, resolve_backend
-from crossdock.routing.checks import PlacementTables, check_operands
+from crossdock.routing.checks import PlacementTables, check_logits, check_options
 from crossdock.routing.rule import Routing, Rule, Score, rule_of
 from crossdock.routing.scores import attach_gradient
 from crossdock.routing.select_cpu import select_cpu
@@ -49,8 +49,10 @@ def select_experts(
 
     Raises ConfigError for options that describe no router and for tensors of another shape, dtype or device.
     """
-    check_operands(logits_TE, bias_E, valid_T, placement_tables, load_E)
-    rule = rule_of(logits_TE.shape[1], top_k, score, num_groups, top_groups, renormalize, scale)
+    check_logits(logits_TE)
+    rows, experts = logits_TE.shape
+    check_options(rows, experts, logits_TE.device, bias_E, valid_T, placement_tables, load_E)
+    rule = rule_of(experts, top_k, score, num_groups, top_groups, renormalize, scale)
     return route(logits_TE, rule, bias_E, valid_T, placement_tables, load_E, backend)
 
 
@@ -87,7 +89,9 @@ def select_experts_ref(
     load_E: Tensor | None = None,
 ) -> Routing:
     """`select_experts` in torch operations, on any device: the specification."""
-    check_operands(logits_TE, bias_E, valid_T, placement_tables, load_E)
-    rule = rule_of(logits_TE.shape[1], top_k, score, num_groups, top_groups, renormalize, scale)
+    check_logits(logits_TE)
+    rows, experts = logits_TE.shape
+    check_options(rows, experts, logits_TE.device, bias_E, valid_T, placement_tables, load_E)
+    rule = rule_of(experts, top_k, score, num_groups, top_groups, renormalize, scale)
     ids_TK, weights_TK, slots_TK = select_ref(logits_TE.detach(), rule, bias_E, valid_T, placement_tables, load_E)
     return Routing(ids_TK, attach_gradient(logits_TE, weights_TK, ids_TK, rule), slots_TK)

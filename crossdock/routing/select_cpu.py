@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from crossdock.routing.checks import PlacementTables
+from crossdock.routing.keys_kernel import KEY_CAP, NEVER
 from crossdock.routing.rule import Rule
 from crossdock.routing.scores import RENORM_EPSILON, scores_of
-from crossdock.routing.select_kernel import KEY_CAP, NEVER, Picked
+from crossdock.routing.select_kernel import Picked
 
 Array = np.ndarray[Any, Any]
 

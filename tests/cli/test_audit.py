@@ -1,10 +1,17 @@
 """The audit compiles kernels of a few lines for all three targets, judges them, and says so in JSON."""
 
+import importlib
 import json
+from dataclasses import replace
 
 import pytest
 
-from crossdock.cli.audit_worker import SHARED_LIMIT, find_specs, judge, matrix_instructions
+from crossdock._audit_spec import SHARED_BYTES, KernelSpec
+from crossdock.cli.audit_tiles import expand, retile
+from crossdock.cli.audit_worker import PACKAGES, audit_tasks, find_specs, judge, matrix_instructions
+from crossdock.cli.shapes import production
+from crossdock.gemm.configs import TARGETS, Bucket, TileConfig, formula
+from tests.cli import tiny_kernels
 from tests.cli.conftest import Run
 from tests.cli.tiny_kernels import AUDIT
 
@@ -12,6 +19,7 @@ pytest.importorskip("triton")
 
 FIELDS = {"kernel", "target", "config", "registers", "spills", "shared_bytes", "matrix_instructions", "ok"}
 MODULE = "tests.cli.tiny_kernels"
+WIDE = TileConfig(128, 256, 64, 8, 3)
 
 
 def test_all_targets_with_the_interpreter_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +53,7 @@ def test_judgement() -> None:
     product = AUDIT[1]
     assert judge(product, "sm_90", 0, 1024, ["wgmma"]) == ""
     assert "spills" in judge(product, "sm_90", 8, 1024, ["wgmma"])
-    assert "over the limit" in judge(product, "gfx942", 0, SHARED_LIMIT["gfx942"] + 1, ["v_mfma_f32_32x32x8_bf16"])
+    assert "over the limit" in judge(product, "gfx942", 0, SHARED_BYTES["gfx942"] + 1, ["v_mfma_f32_32x32x8_bf16"])
     fp8 = type(product)("x", None, "", {"a": "*fp8e4nv"}, needs_matrix_instruction=True)
     assert "needs wgmma" in judge(fp8, "sm_90", 0, 0, ["mma.sync"])
     assert judge(fp8, "sm_100", 0, 0, ["mma.sync"]) == ""
@@ -60,5 +68,41 @@ def test_matrix_instructions_are_read_from_assembly() -> None:
 
 
 def test_specs_are_found_by_walking_the_packages() -> None:
-    names = {spec.name for spec in find_specs([])}
-    assert any("grouped_gemm" in name for name in names)
+    specs = find_specs([])
+    assert any("grouped_gemm" in spec.name for spec in specs)
+    assert len({(spec.name, spec.config) for spec in specs}) == len(specs)
+    assert "crossdock.models" in PACKAGES and all(set(spec.targets) <= set(TARGETS) for spec in specs)
+
+
+def test_every_production_tile_of_a_target_is_built_once() -> None:
+    """Rows either side of the formula's boundary, each target's own stages, and no build twice."""
+    listed = [spec for spec in importlib.import_module("crossdock.gemm.grouped_fp8_kernel").AUDIT]
+    for target, limits in TARGETS.items():
+        expected = {formula(Bucket.of(problem), limits) for problem in production("fp8_block")}
+        assert {tile.block_m for tile in expected} == {64, 128}
+        built = [s for s in expand(listed) if target in s.targets and s.kind == "fp8_block"]
+        plain = [s for s in built if not s.constexprs["GATHER"] and not s.constexprs["MASKED"]]
+        assert {(s.constexprs["BLOCK_M"], s.num_warps, s.num_stages) for s in plain} == {
+            (tile.block_m, tile.num_warps, tile.num_stages) for tile in expected
+        }
+        assert len(plain) == len(expected) and all(s.constexprs["L_POW2"] == 512 for s in plain)  # Kimi K2's 384
+
+
+def test_kernels_that_differ_in_types_stay_apart() -> None:
+    spec = KernelSpec("f", None, "to bf16", {"out": "*bf16", "BLOCK_M": "constexpr"}, {"BLOCK_M": 1}, kind="bf16")
+    found = expand([spec, replace(spec, config="to fp32", signature=spec.signature | {"out": "*fp32"}), spec])
+    assert len(found) == 2 * len({(s.constexprs["BLOCK_M"], s.num_stages) for s in found})
+
+
+def test_boxes_of_bulk_copies_follow_the_tile() -> None:
+    types = {"rows": "tensordesc<bf16[64,64]>", "weights": "tensordesc<bf16[64, 64]>", "BLOCK_M": "constexpr"}
+    made = retile(KernelSpec("f", None, "", types, {"BLOCK_M": 64}, kind="bf16"), next(production("bf16")), WIDE)
+    assert made.signature == types | {"rows": "tensordesc<bf16[128,64]>", "weights": "tensordesc<bf16[256,64]>"}
+    assert made.config == "bf16, 128x256x64, 8 warps, 3 stages"
+
+
+def test_a_kernel_for_one_target_is_compiled_for_that_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"targets": ["sm_90", "gfx942"], "kernels": ["tiny_scale"], "modules": [MODULE]}
+    assert [target for _, target in audit_tasks(job)] == ["sm_90", "gfx942"]
+    monkeypatch.setattr(tiny_kernels, "AUDIT", [replace(AUDIT[0], targets=("gfx942",))])
+    assert [target for _, target in audit_tasks(job)] == ["gfx942"]

@@ -10,6 +10,8 @@ import torch
 
 from crossdock.cli.bench import timing
 from crossdock.cli.bench.exchange import _case
+from crossdock.cli.bench.launches import record_launches
+from crossdock.cli.bench.router import DEEPSEEK
 from crossdock.cli.runtime import Runtime
 from crossdock.comm import make_transport
 from crossdock.parallel import EPGroup
@@ -26,11 +28,12 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "ROUNDS", 2)
     monkeypatch.setattr(timing, "measure_ceilings", lambda device, dtype: timing.Ceilings(10.0, 0.1))
     for name, value in {
-        "router.HIDDEN": 32,
-        "router.EXPERTS": 16,
-        "router.TOKENS": (2, 5),
+        "router.ROUTERS": {"deepseek-v3": (32, 16, DEEPSEEK | {"top_k": 2})},
+        "router.TOKENS": {"cpu": (2, 5)},
         "gemm.CPU_SHAPE": (4, 32, 32),
         "gemm.ROWS": (3, 9),
+        "gemm.CPU_FP8_SHAPE": (2, 128, 128),
+        "gemm.FP8_ROWS": (3,),
         "layer.CPU_SHAPE": {"hidden_size": 32, "expert_size": 16, "num_experts": 8, "top_k": 2},
         "layer.CASES": {"decode8": 8, "prefill2048": 24},
     }.items():
@@ -40,15 +43,38 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+PEERS = {
+    "router": {"deepseek-v3 router": {"linear+topk"}, "deepseek-v3 topk": {"torch_topk"}},
+    "gemm": {
+        "product, fp32 ": {"linear_loop", "grouped_mm", "reference"},
+        "product and SwiGLU, fp32_swiglu ": {"two_launches", "reference"},
+        "product, fp8_block ": {"linear_loop_bf16", "reference"},
+        "product, fp8_row ": {"scaled_mm_loop", "reference"},
+    },
+}
+
+
 @pytest.mark.usefixtures("toy")
-@pytest.mark.parametrize(("question", "peers"), [("router", {"linear+topk"}), ("gemm", {"linear_loop", "grouped_mm"})])
-def test_kernel_questions(run: Run, question: str, peers: set[str]) -> None:
+@pytest.mark.parametrize("question", PEERS)
+def test_kernel_questions(run: Run, question: str) -> None:
     code, out, err = run("bench", question, "--json", "--device", "cpu")
     result = json.loads(out)
     assert (code, err) == (0, "") and result["ceilings"]["copy_gbytes_per_s"] == 10.0
-    for case in result["cases"]:
-        assert {"case", "device", "us", "tflops", "gbytes_per_s", "of_ceiling", "ratio"} <= set(case)
-        assert set(case["ratio"]) == peers and case["us"] > 0
+    for start, peers in PEERS[question].items():
+        cases = [case for case in result["cases"] if case["case"].startswith(start)]
+        assert cases
+        for case in cases:
+            assert {"case", "device", "us", "tflops", "gbytes_per_s", "of_ceiling", "ratio"} <= set(case)
+            assert set(case["ratio"]) == peers and case["us"] > 0
+
+
+@pytest.mark.usefixtures("toy")
+def test_one_kind_of_product(run: Run) -> None:
+    code, out, _ = run("bench", "gemm", "--json", "--device", "cpu", "--kind", "fp8_row")
+    assert code == 0 and all("fp8_row" in case["case"] for case in json.loads(out)["cases"])
+    for options, error in ((("--kind", "x"), "no case is of kind x"), (("--model", "x"), "--model must be one of")):
+        code, out, err = run("bench", "gemm", "--device", "cpu", *options)
+        assert (code, out) == (1, "") and error in err
 
 
 @pytest.mark.usefixtures("toy")
@@ -56,7 +82,7 @@ def test_layer_agrees_with_its_peer_and_draws(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
     picture = tmp_path / "layer.png"
-    code, out, err = run("bench", "layer", "--json", "--device", "cpu", "--plot", str(picture))
+    code, out, err = run("bench", "layer", "--json", "--device", "cpu", "--dtype", "float32", "--plot", str(picture))
     result = json.loads(out)
     assert code == 0 and err == f"drawn: {picture}\n" and picture.stat().st_size > 1000
     assert result["launches_per_layer"] > 0 and [case["case"] for case in result["cases"]] == ["decode8", "prefill2048"]
@@ -69,9 +95,9 @@ def test_layer_agrees_with_its_peer_and_draws(run: Run, tmp_path: Path) -> None:
 
 def test_launches_leave_out_views_and_allocations() -> None:
     x = torch.ones(4, 4)
-    cpu = torch.device("cpu")
-    assert timing.count_launches(lambda: x.view(-1)[1:].unsqueeze(0), cpu) == 0
-    assert timing.count_launches(lambda: torch.empty(4).copy_(x[0] + 1), cpu) == 2
+    with record_launches(torch.device("cpu")) as names:
+        torch.empty(4).copy_(x.view(-1)[1:].unsqueeze(0)[0, :4] + 1)
+    assert names == ["add", "copy_"]
 
 
 def test_ceiling_is_the_slower_bound() -> None:

@@ -31,9 +31,9 @@ from tests.cli.conftest import Run, start
         (["--prompt-ids", ",".join(["1"] * 33)], 1, "prompt 0 has 33 tokens, which leaves no room"),
         (["--prompt", "hello"], 1, "tokenizer.json, which is missing"),
         (
-            ["--prompt-ids", "5", "--speculate"],
+            ["--prompt-ids", "5", "--draft-tokens", "1"],
             1,
-            "--speculate needs a model with an MTP layer",
+            "--draft-tokens 1 needs a model with an MTP layer",
         ),
         (["--prompt-ids", "5", "--top-p", "2"], 1, "top_p must be in (0, 1], found 2.0"),
         (["--prompt-ids", "5", "--transport", "pigeon"], 1, "'pigeon'"),

@@ -10,7 +10,15 @@ import pytest
 
 from crossdock._audit_spec import KernelSpec
 
-MODULES = ["quantize_kernel", "swiglu_kernel", "grouped_kernel", "grouped_dw_kernel", "grouped_fp8_kernel"]
+MODULES = [
+    "quantize_kernel",
+    "swiglu_kernel",
+    "grouped_kernel",
+    "grouped_dw_kernel",
+    "grouped_fp8_kernel",
+    "grouped_swiglu_kernel",
+    "grouped_fp8_swiglu_kernel",
+]
 
 COMPILE = """
 import json

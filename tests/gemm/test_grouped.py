@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from crossdock.errors import ConfigError
 from crossdock.gemm import grouped_gemm
 from crossdock.gemm.grouped_kernel import grouped_gemm_ref
+from tests.gemm.cases import ROUNDING, assert_close_to_float64
+from tests.gemm.cases import float_case as case
 
 BACKENDS = ["torch", "triton"]
-ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # interpreted bf16 truncates
 CASES = [  # rows of each group, N, K
     ([1], 1, 1),
     ([0, 0, 5], 64, 128),
@@ -21,32 +21,6 @@ CASES = [  # rows of each group, N, K
     ([700, 3], 70, 16),
     ([1] * 9, 48, 32),
 ]
-
-
-def case(
-    counts: list[int], columns: int, inner: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and weights whose sizes span decades from one row and one output column to the next."""
-    generator = torch.Generator().manual_seed(sum(counts) * 10007 + columns * 101 + inner)
-    rows, groups = sum(counts), len(counts)
-    rows_RK = torch.randn(rows, inner, generator=generator) * 10 ** torch.randn(rows, 1, generator=generator)
-    weights_LNK = torch.randn(groups, columns, inner, generator=generator)
-    weights_LNK *= 10 ** torch.randn(groups, columns, 1, generator=generator)
-    if dtype == torch.float16:  # its sums must stay below 65504
-        rows_RK, weights_LNK = rows_RK.clamp(-15, 15), weights_LNK.clamp(-15, 15)
-    ends_L = torch.tensor(counts).cumsum(0).to(torch.int32)
-    return rows_RK.to(device, dtype), weights_LNK.to(device, dtype), ends_L.to(device)
-
-
-def assert_close_to_float64(out_RN: Tensor, rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor) -> None:
-    """Each element within float32 summation error of its own terms, and one rounding to its dtype."""
-    start = 0
-    for w_NK, end in zip(weights_LNK.double(), ends_L.tolist(), strict=True):
-        x_RK, seen = rows_RK[start:end].double(), out_RN[start:end].double()
-        expected, size = x_RK @ w_NK.t(), x_RK.abs() @ w_NK.abs().t()
-        bound = size * 2.0**-20 + expected.abs() * ROUNDING[out_RN.dtype] + 1e-6 * (out_RN.dtype == torch.float16)
-        assert ((seen - expected).abs() <= bound).all()  # NaN fails it too
-        start = end
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

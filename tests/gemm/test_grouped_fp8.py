@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crossdock.errors import ConfigError
-from crossdock.gemm import dequantize_blocks, dequantize_rows, grouped_gemm_fp8, quantize_blocks, quantize_rows
+from crossdock.gemm import grouped_gemm_fp8
+from tests.gemm.cases import assert_fp8_close_to_float64 as assert_close_to_float64
+from tests.gemm.cases import fp8_case as case
 
 BACKENDS = ["torch", "triton"]
-ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # interpreted bf16 truncates
 CASES = [  # rows of each group, N, K
     ([1], 1, 1),
     ([0, 0, 5], 256, 128),
@@ -19,32 +20,6 @@ CASES = [  # rows of each group, N, K
     ([0, 0], 128, 128),
     ([600, 1], 300, 256),
 ]
-
-
-def case(counts: list[int], columns: int, inner: int, device: torch.device) -> list[Tensor]:
-    """q_RK, scale_RB, wq_LNK, wscale_LBB, ends_L, with every scale 10^-3 ... 10^3: a misplaced one shows."""
-    generator = torch.Generator().manual_seed(sum(counts) * 10007 + columns * 101 + inner)
-    rows, groups = sum(counts), len(counts)
-    q_RK, scale_RB = quantize_rows(torch.randn(rows, inner, generator=generator))
-    wq_LNK, wscale_LBB = quantize_blocks(torch.randn(groups, columns, inner, generator=generator))
-    scale_RB *= 10 ** (6 * torch.rand(scale_RB.shape, generator=generator) - 3)
-    wscale_LBB *= 10 ** (6 * torch.rand(wscale_LBB.shape, generator=generator) - 3)
-    ends_L = torch.tensor(counts).cumsum(0).to(torch.int32)
-    return [tensor.to(device) for tensor in (q_RK, scale_RB, wq_LNK, wscale_LBB, ends_L)]
-
-
-def assert_close_to_float64(out_RN: Tensor, args: list[Tensor]) -> None:
-    """Each element within float32 summation error of its own terms, and one rounding to its dtype."""
-    q_RK, scale_RB, wq_LNK, wscale_LBB, ends_L = args
-    rows_RK = dequantize_rows(q_RK, scale_RB).double()
-    weights_LNK = dequantize_blocks(wq_LNK, wscale_LBB).double()
-    start = 0
-    for w_NK, end in zip(weights_LNK, ends_L.tolist(), strict=True):
-        x_RK, seen = rows_RK[start:end], out_RN[start:end].double()
-        expected, size = x_RK @ w_NK.t(), x_RK.abs() @ w_NK.abs().t()
-        bound = size * (2.0**-20 if not q_RK.is_cuda else 2.0**-12) + expected.abs() * ROUNDING[out_RN.dtype]
-        assert ((seen - expected).abs() <= bound).all()  # NaN fails it too
-        start = end
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

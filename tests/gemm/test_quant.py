@@ -10,8 +10,10 @@ from crossdock.gemm import (
     QuantSpec,
     dequantize_blocks,
     dequantize_rows,
+    dequantize_whole_rows,
     quantize_blocks,
     quantize_rows,
+    quantize_whole_rows,
 )
 
 BACKENDS = ["torch", "triton"]
@@ -160,6 +162,41 @@ def test_blocks_that_are_not_finite_or_zero(device: torch.device) -> None:
     assert back[128:, :128].isnan().all() and back[:128, 128:].isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 129), (2, 1100), (2, 3, 70), (5,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.usefixtures("poison")
+def test_whole_rows(shape: tuple[int, ...], dtype: torch.dtype, pow2: bool, device: torch.device) -> None:
+    """One scale a row: the kernel equals the reference to the bit, and values come back within half a step."""
+    x_RK = decades(torch.Size(shape[:-1]).numel(), shape[-1], dtype, device).view(shape)
+    q_RK, scale_R = pair = quantize_whole_rows(x_RK, pow2=pow2, backend="triton")
+    assert q_RK.shape == shape and scale_R.shape == shape[:-1]
+    for backend in BACKENDS:
+        again = quantize_whole_rows(x_RK, pow2=pow2, backend=backend)
+        assert all(map(torch.equal, bits(pair), bits(again)))
+    error = (dequantize_whole_rows(q_RK, scale_R) - x_RK.float()).abs()
+    half_step = torch.maximum(x_RK.float().abs() * 2.0**-4, scale_R[..., None] * 2.0**-10)
+    assert (error <= half_step * (1 + 1e-6)).all()
+    ratio_R = scale_R * E4M3_MAX / x_RK.float().abs().amax(-1)
+    assert ((ratio_R >= 1 - 1e-6) & (ratio_R < (2 if pow2 else 1 + 1e-6))).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whole_rows_that_are_not_finite_zero_or_empty(backend: str, device: torch.device) -> None:
+    x_RK = torch.randn(4, 300, device=device)
+    x_RK[1, 130], x_RK[2], x_RK[3, 7] = float("nan"), 0.0, float("inf")
+    q_RK, scale_R = quantize_whole_rows(x_RK, backend=backend)
+    back_RK = dequantize_whole_rows(q_RK, scale_R)
+    assert back_RK[1].isnan().all() and back_RK[3].isnan().all() and (back_RK[2] == 0).all()
+    assert (q_RK[[1, 2, 3]].float() == 0).all() and back_RK[0].isfinite().all()
+    for shape in ((0, 5), (3, 0)):
+        codes, scale = quantize_whole_rows(torch.zeros(shape, device=device), backend=backend)
+        assert codes.shape == shape and scale.shape == shape[:1] and (scale > 0).all()
+    strided = torch.randn(300, 4, device=device).t()
+    expected = quantize_whole_rows(strided.contiguous(), backend=backend)
+    assert all(map(torch.equal, bits(quantize_whole_rows(strided, backend=backend)), bits(expected)))
+
+
 def test_dequantize_rounds_once_to_the_dtype_asked_for() -> None:
     q_RK, scale_RB = quantize_rows(torch.randn(3, 200))
     assert torch.equal(dequantize_rows(q_RK, scale_RB, torch.bfloat16), dequantize_rows(q_RK, scale_RB).bfloat16())
@@ -168,7 +205,8 @@ def test_dequantize_rounds_once_to_the_dtype_asked_for() -> None:
 def test_spec() -> None:
     assert QuantSpec().kind == "none"
     assert QuantSpec("fp8_block", pow2_scales=True).pow2_scales
-    with pytest.raises(ConfigError, match=r"QuantSpec\.kind must be 'none' or 'fp8_block', found 'int4'"):
+    assert QuantSpec("fp8_row").kind == "fp8_row"
+    with pytest.raises(ConfigError, match=r"QuantSpec\.kind must be 'none', 'fp8_block' or 'fp8_row', found 'int4'"):
         QuantSpec("int4")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="pow2_scales is set, but kind 'none'"):
         QuantSpec(pow2_scales=True)
@@ -197,5 +235,11 @@ def test_bad_arguments() -> None:
         dequantize_blocks(wq_NK, wscale[0])
     with pytest.raises(ConfigError, match=r"q_NK must have at least 2 dimensions"):
         dequantize_blocks(wq_NK[0], wscale)
+    with pytest.raises(ConfigError, match=r"x_RK must have at least 1 dimension \[\.\.\., K\], found shape \(\)"):
+        quantize_whole_rows(torch.tensor(1.0))
+    with pytest.raises(ConfigError, match=r"x_RK must be .*float32.*, found torch.int32"):
+        quantize_whole_rows(torch.zeros(3, 3, dtype=torch.int32))
+    with pytest.raises(ConfigError, match=r"scale_R must have shape \(3,\) \(one scale per row .*found \(3, 2\)"):
+        dequantize_whole_rows(q_RK, scale_RB)
     with pytest.raises(ConfigError, match="scale is on meta, but q_NK is on cpu"):
         dequantize_blocks(wq_NK, wscale.to("meta"))

@@ -98,7 +98,7 @@ def test_its_router_is_used(model: Any, tokenizer: Tokenizer) -> None:
     for layer in layers:
         layer.load_E.zero_()
     prompt = tokenizer.encode(CODE).ids
-    generate(model, [prompt], LocalTransport(), max_new_tokens=8, speculate=True)
+    generate(model, [prompt], LocalTransport(), max_new_tokens=8, draft_tokens=2)
     for layer in layers:
         assert int((layer.load_E > 0).sum()) >= 12, "fewer than 12 of the 16 experts were chosen"
 
@@ -108,7 +108,7 @@ def test_its_drafts_are_accepted_and_change_nothing(
 ) -> None:
     prompts = [tokenizer.encode(prompt).ids for prompt in [*PROMPTS, CODE]]
     plain = generate(model, prompts, LocalTransport(), max_new_tokens=40)
-    found = generate(model, prompts, LocalTransport(), max_new_tokens=40, speculate=True)
+    found = generate(model, prompts, LocalTransport(), max_new_tokens=40, draft_tokens=2)
     assert found.outputs == plain.outputs
     with capsys.disabled():
         print(f"\nexample checkpoint: {found.accepted} of {found.drafted} drafts accepted")
@@ -120,7 +120,7 @@ def test_ranks_change_nothing(tokenizer: Tokenizer) -> None:
 
     def run(transport: Any) -> tuple[str, list[list[int]]]:
         loaded = load_model(DIRECTORY, transport, dtype=torch.float32)
-        found = generate(loaded.model, prompts, transport, max_new_tokens=12, speculate=True)
+        found = generate(loaded.model, prompts, transport, max_new_tokens=12, draft_tokens=2)
         return found.digest, [output.token_ids for output in found.outputs]
 
     first = run(LocalTransport())

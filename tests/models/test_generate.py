@@ -28,14 +28,15 @@ def run(directory: Path, transport: Transport, prompts: list[list[int]] = PROMPT
     return generate(model, prompts, transport, **{"max_new_tokens": 30, **options})
 
 
+@pytest.mark.parametrize("draft_tokens", [1, 3])
 @pytest.mark.parametrize("predictable", [0.0, 0.85, 1.0])
-def test_speculation_changes_no_token_and_no_bit(predictable: float, tmp_path: Path) -> None:
+def test_speculation_changes_no_token_and_no_bit(predictable: float, draft_tokens: int, tmp_path: Path) -> None:
     save("deepseek_v3", tmp_path)
     add_mtp(tmp_path, predictable)
     expected = run(tmp_path, LocalTransport())
     assert expected.drafted == 0
     for world_size in (1, 2, 4):
-        found = LocalWorld(world_size).run(lambda t: run(tmp_path, t, speculate=True))[0]
+        found = LocalWorld(world_size).run(lambda t: run(tmp_path, t, draft_tokens=draft_tokens))[0]
         assert found.outputs == expected.outputs
         assert found.drafted > 0
         rate = found.accepted / found.drafted
@@ -47,7 +48,7 @@ def test_speculation_changes_no_sampled_token_either(tmp_path: Path) -> None:
     add_mtp(tmp_path, 0.85)
     sampling = Sampling(temperature=0.7, seed=3)
     expected = run(tmp_path, LocalTransport(), sampling=sampling)
-    assert run(tmp_path, LocalTransport(), sampling=sampling, speculate=True).outputs == expected.outputs
+    assert run(tmp_path, LocalTransport(), sampling=sampling, draft_tokens=2).outputs == expected.outputs
 
 
 def test_sampling_follows_its_seed_on_any_number_of_ranks(plain: Path) -> None:
@@ -91,7 +92,7 @@ def test_tokens_are_told_as_they_come(plain: Path) -> None:
         ([[-1]], {}, "token id -1"),
         ([[1] * 257], {}, "prompt 0 has 257 tokens, the model's context 256"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, found 0"),
-        ([[1]], {"speculate": True}, "no MTP layer"),
+        ([[1]], {"draft_tokens": 1}, "no MTP layer"),
     ],
 )
 def test_bad_input_is_named(plain: Path, prompts: list[list[int]], options: dict[str, Any], names: str) -> None:

@@ -12,7 +12,7 @@ from routing_oracle import select_row
 from torch import Tensor
 
 from crossdock.errors import ConfigError
-from crossdock.routing import Routing, select_experts, select_experts_ref
+from crossdock.routing import Routing, select_experts, select_experts_ref, select_kernel
 
 NAN, INF = math.nan, math.inf
 Select = Callable[..., Routing]
@@ -33,10 +33,25 @@ def select_on_device(logits_TE: Tensor, **options: Any) -> Routing:
     )
 
 
+def select_by_code(logits_TE: Tensor, **options: Any) -> Routing:
+    """The kernel's routing, selected as where experts are many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select_kernel, "CODES_FROM", 1)
+        return select_on_device(logits_TE, **options)
+
+
+def select_in_rounds(logits_TE: Tensor, **options: Any) -> Routing:
+    """The kernel's routing, selected as where experts are few."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select_kernel, "CODES_FROM", 1 << 20)
+        return select_on_device(logits_TE, **options)
+
+
 IMPLEMENTATIONS: dict[str, Select] = {
     "ref": select_experts_ref,
     "torch": lambda *args, **options: select_experts(*args, backend="torch", **options),
-    "triton": select_on_device,
+    "rounds": select_in_rounds,
+    "code": select_by_code,
 }
 SCORES = ["sigmoid", "softmax", "sqrtsoftplus"]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter divides and overflows aloud

@@ -23,16 +23,16 @@ def _peak_rss() -> int:
 
 def _crossdock(job: dict[str, Any], dtype: torch.dtype, plain: bool) -> Callable[[], Figures]:
     from crossdock.comm import LocalTransport
-    from crossdock.models.generate import generate
+    from crossdock.models.generate import DRAFT_TOKENS, generate
     from crossdock.models.registry import load_model
 
     transport = LocalTransport()
     model: Any = load_model(job["directory"], transport, dtype=dtype).model
-    speculate = model.has_mtp and not plain
+    drafts = DRAFT_TOKENS if model.has_mtp and not plain else 0
 
     def run() -> Figures:
         count = job["new_tokens"] + 1
-        done = generate(model, [job["prompt"]], transport, max_new_tokens=count, speculate=speculate, dtype=dtype)
+        done = generate(model, [job["prompt"]], transport, max_new_tokens=count, draft_tokens=drafts, dtype=dtype)
         return done.prefill_s, done.decode_s
 
     return run

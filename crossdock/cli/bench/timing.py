@@ -1,7 +1,7 @@
 """How everything is timed: contenders take turns, so that a slow moment of the machine hits all; the median counts.
 
-The ceilings are measured in the same run by the same clock: what the device reaches when it only copies, and when it
-only multiplies.
+On a GPU the clock is that of gpu_clock.py. The ceilings are measured in the same run by the same clock: what the device
+reaches when it only copies, and when it only multiplies.
 """
 
 import time
@@ -11,7 +11,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from crossdock.cli.bench.gpu_clock import GpuClock, Times, compare_on_gpu
 
 ROUND_S = 0.02  # a round repeats a call until it took about this long
 ROUNDS = 9
@@ -19,19 +20,29 @@ ROUNDS = 9
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device reaches here: gigabytes a second read plus written, and 1e12 operations a second in `dtype`."""
+    """What this device reaches here: gigabytes a second read plus written, and 1e12 operations a second in `dtype`.
+
+    `fp8_tflops` is None where the device does not multiply FP8.
+    """
 
     copy_gbytes_per_s: float
     matmul_tflops: float
+    fp8_tflops: float | None = None
 
-    def share(self, operations: float, moved_bytes: float, seconds: float) -> float:
+    def share(self, operations: float, moved_bytes: float, seconds: float, fp8: bool = False) -> float:
         """The least time the work could take (by the slower of its two bounds) over the time it took."""
-        least = max(operations / (self.matmul_tflops * 1e12), moved_bytes / (self.copy_gbytes_per_s * 1e9))
+        tflops = (fp8 and self.fp8_tflops) or self.matmul_tflops
+        least = max(operations / (tflops * 1e12), moved_bytes / (self.copy_gbytes_per_s * 1e9))
         return least / seconds
 
 
-def compare(contenders: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Median seconds of a call of each, over ROUNDS rounds in turn after a warm-up."""
+def compare(contenders: dict[str, Callable[[], Any]], device: torch.device, flush: bool = True) -> Times:
+    """Median seconds of a call of each, in turn, after a warm-up.
+
+    On a GPU as gpu_clock.py says, `flush` for inputs that come from memory; on a CPU over ROUNDS rounds.
+    """
+    if device.type == "cuda":
+        return compare_on_gpu(contenders, GpuClock(device), flush)
     repeats = {}
     for name, call in contenders.items():
         call()
@@ -41,7 +52,19 @@ def compare(contenders: dict[str, Callable[[], Any]], device: torch.device) -> d
     for _ in range(ROUNDS):
         for name, call in contenders.items():
             rounds[name].append(_seconds(call, repeats[name], device))
-    return {name: median(times) for name, times in rounds.items()}
+    return Times({name: median(times) for name, times in rounds.items()})
+
+
+def comparable(contenders: dict[str, Callable[[], Any]]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """(those that can be called here, why each other cannot): peers differ by device, torch and dtype."""
+    able, left_out = {}, {}
+    for name, call in contenders.items():
+        try:
+            call()
+            able[name] = call
+        except Exception as error:  # a peer may raise what it likes; it is no failure of this run
+            left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    return able, left_out
 
 
 def _seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
@@ -69,36 +92,16 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     for size in (4096, 8192) if on_gpu else (1024, 2048):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         best = max(best, 2.0 * size**3 / compare({"matmul": lambda a=a, b=b: a @ b}, device)["matmul"])  # type: ignore[misc]
-    return Ceilings(2 * source.nbytes / copied / 1e9, best / 1e12)
+    return Ceilings(2 * source.nbytes / copied / 1e9, best / 1e12, _fp8_tflops(device) if on_gpu else None)
 
 
-class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operators that compute: not views, not allocations."""
+def _fp8_tflops(device: torch.device, size: int = 8192) -> float | None:
+    """The vendor's largest product of e4m3 with one scale a tensor."""
+    a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=device)
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
+    def multiply() -> Any:
+        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        returns = func._schema.returns
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        name = func._schema.name.removeprefix("aten::")
-        allocates = name in ("empty", "empty_like", "new_empty", "empty_strided", "detach", "_local_scalar_dense")
-        if not is_view and not allocates:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def count_launches(call: Callable[[], Any], device: torch.device) -> int:
-    """Kernels one call launches: as the profiler sees them on a GPU, as torch dispatches operators on a CPU."""
-    call()
-    if device.type == "cuda":
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            call()
-            torch.cuda.synchronize(device)
-        events: Any = profile.events()
-        return len([event for event in events if event.device_type.name == "CUDA"])
-    with _Launches() as launches:
-        call()
-    return len(launches.names)
+    able, _ = comparable({"fp8": multiply})
+    return 2.0 * size**3 / compare(able, device)["fp8"] / 1e12 if able else None

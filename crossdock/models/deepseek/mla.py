@@ -14,6 +14,12 @@ A decoded token's bits depend neither on the other sequences of the step nor on 
 verified beside it: every product has a fixed shape or rows that do not depend on their company. On a CPU the absorbed
 form is computed in float32 whatever the model's dtype: its products are small, and oneDNN's bfloat16 ones take three
 times as long.
+
+On a GPU a step with a cache takes few launches, the same for any number of sequences: seven a layer where all decode,
+of which three (the last line's first three) are the attention itself.
+
+    a_proj -> prepare_latents (norms, RoPE of the key, cache write) -> q_b_proj
+           -> absorb_queries (with RoPE) -> attend_latents -> expand_values -> o_proj
 """
 
 from itertools import groupby
@@ -23,26 +29,42 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from crossdock.backend import Backend, resolve_backend
 from crossdock.linear import linear
 from crossdock.models.blocks import Linear, RMSNorm, rotate_halves, rotate_interleaved
 from crossdock.models.cache import Batch, PagedCache, Span
+from crossdock.models.deepseek.absorbed_kernel import absorb_queries_triton, expand_values_triton
 from crossdock.models.deepseek.config import DeepSeekConfig
+from crossdock.models.deepseek.latent_attention_kernel import attend_latents_triton
+from crossdock.models.deepseek.mla_kernel import prepare_latents_triton
 
 LATENT_NORM_EPS = 1e-6  # of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps is
 
 
 class MLA(nn.Module):
-    """Names of the projections are the checkpoint's; `layer` is this layer's place in the cache."""
+    """Names of the projections are the checkpoint's; `layer` is this layer's place in the cache.
 
-    def __init__(self, config: DeepSeekConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+    Training goes through torch operations on every backend: with a cache, nothing has a gradient.
+    """
+
+    def __init__(
+        self,
+        config: DeepSeekConfig,
+        layer: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         self.layer = layer
+        self.in_kernels = resolve_backend(backend, device) == "triton"
         self.heads, self.nope, self.rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         self.value, self.latent = config.v_head_dim, config.kv_lora_rank
         self.scale = (self.nope + self.rope) ** -0.5
         if config.rope.mscale_all_dim:
             self.scale *= config.rope.magnitude(config.rope.mscale_all_dim) ** 2
-        self.rotate = rotate_interleaved if config.rope_interleave else rotate_halves
+        self.interleaved = config.rope_interleave
+        self.rotate = rotate_interleaved if self.interleaved else rotate_halves
         size_D, bias = config.hidden_size, config.attention_bias
         query_size = self.heads * (self.nope + self.rope)
         self.query_rank = config.q_lora_rank or query_size
@@ -58,7 +80,10 @@ class MLA(nn.Module):
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: PagedCache | None) -> Tensor:
         """[T, D] -> [T, D]. Writes this step's latents to `cache`; without one, spans are whole sequences."""
-        q_TQ, kv_TC = torch.split(self.a_proj(x_TD), [self.query_rank, self.latent + self.rope], dim=-1)
+        a_TX = self.a_proj(x_TD)
+        if cache is not None and self.in_kernels:
+            return self._in_kernels(a_TX, rope, batch, cache)
+        q_TQ, kv_TC = torch.split(a_TX, [self.query_rank, self.latent + self.rope], dim=-1)
         if self.q_a_layernorm is not None and self.q_b_proj is not None:
             q_TQ = self.q_b_proj(self.q_a_layernorm(q_TQ))
         q_THQ = q_TQ.view(len(x_TD), self.heads, self.nope + self.rope)
@@ -75,6 +100,31 @@ class MLA(nn.Module):
             q, latent_JC = q_THQ[span.start : span.stop], cache.read(self.layer, span.rows)
             out.append(self._decode(q, latent_JC, span, cache) if span.decode else self._plain(q, latent_JC, span))
         y_TD = self.o_proj(torch.cat(out) if out else x_TD.new_empty(0, self.heads * self.value))
+        return y_TD
+
+    def _in_kernels(self, a_TX: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: PagedCache) -> Tensor:
+        """What follows `a_proj`, by kernels: prompts one by one, all decoded tokens together."""
+        rows, w_XC = cache.data[self.layer], self.kv_b_proj.weight
+        q_weight = None if self.q_a_layernorm is None else self.q_a_layernorm.weight
+        kv_weight = self.kv_a_layernorm.weight
+        q_TQ = prepare_latents_triton(
+            a_TX, q_weight, kv_weight, rope, batch.rows_T, rows, LATENT_NORM_EPS, self.interleaved
+        )
+        q_TQ = q_TQ if self.q_b_proj is None else self.q_b_proj(q_TQ)
+        out_TX = a_TX.new_empty(len(a_TX), self.heads * self.value)
+        for span in batch.spans:
+            if not span.decode:
+                of_span = slice(span.start, span.stop)
+                q_THQ = q_TQ[of_span].view(-1, self.heads, self.nope + self.rope)
+                rotary = self.rotate(q_THQ[..., self.nope :], (rope[0][of_span], rope[1][of_span]))
+                q_THQ = torch.cat((q_THQ[..., : self.nope], rotary), dim=-1)
+                out_TX[of_span] = self._plain(q_THQ, cache.read(self.layer, span.rows), span)
+        decoding = batch.decoding
+        if decoding is not None:
+            q_NHX = absorb_queries_triton(q_TQ, w_XC, rope, decoding, self.heads, self.interleaved)
+            mean_WHC, lse_WH = attend_latents_triton(q_NHX, rows, decoding, self.latent, self.scale)
+            expand_values_triton(mean_WHC, lse_WH, w_XC, decoding, self.nope, out_TX)
+        y_TD: Tensor = self.o_proj(out_TX)
         return y_TD
 
     def _expand(self, latent_JC: Tensor) -> tuple[Tensor, Tensor]:
