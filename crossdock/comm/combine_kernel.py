@@ -27,11 +27,10 @@ def weighted_sum_ref(rows_SD: Tensor, weights_TK: Tensor | None, position_TK: Te
     """
     wide = torch.promote_types(rows_SD.dtype, torch.float32)
     (tokens, top_k), (count, size_D) = position_TK.shape, rows_SD.shape
-    absent_TK = position_TK >= count
-    if absent_TK.any():
+    if position_TK.cpu().numpy().max(initial=-1) >= count:
+        weights_TK = weights_TK.masked_fill(position_TK >= count, 0.0) if weights_TK is not None else None
         rows_SD = torch.cat([rows_SD, rows_SD.new_zeros(1, size_D)])
         position_TK = position_TK.clamp(max=count)
-        weights_TK = weights_TK.masked_fill(absent_TK, 0.0) if weights_TK is not None else None
     weights_TK1 = weights_TK.to(wide).unsqueeze(-1) if weights_TK is not None else None
     portion = tokens if rows_SD.device.type != "cpu" else max(1, CACHED // (top_k * max(1, size_D)))
     parts = []

@@ -84,7 +84,7 @@ def _in_order(rows_TK: Tensor, row_ids_R: Tensor | None, ends_L: Tensor) -> Tens
     """Rows in group order; on a CPU, where the host may know how many are in use, those alone."""
     if ends_L.device.type != "cpu":
         return rows_TK if row_ids_R is None else gather_rows(rows_TK, row_ids_R, ends_L)
-    used = int(ends_L[-1]) if len(ends_L) else 0
+    used = int(ends_L.numpy()[-1]) if len(ends_L) else 0
     if row_ids_R is not None:
         return rows_TK.index_select(0, row_ids_R[:used])
     return rows_TK if used == len(rows_TK) else rows_TK[:used]

@@ -16,6 +16,7 @@ product runs over a whole number of quanta of rows by reading on into the next g
 product overwrites what that left behind: no padded copy of the rows is made.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +29,9 @@ MAX_GROUPS_PER_FILLED = 8  # F.grouped_mm loses to the loop where fewer than one
 
 def grouped_matmul(rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor) -> Tensor:
     """rows[start:end] @ weights[l]^T for every group l -> [R, N]; in float32 a row's bits depend on no other row."""
+    is_small = rows_RK.shape[0] <= FEW_ROWS and weights_LNK.shape[1] * weights_LNK.shape[2] <= SMALL_WEIGHT
+    if is_small and rows_RK.dtype == torch.bfloat16 and rows_RK.device.type == "cpu":
+        return _one_batch(rows_RK, weights_LNK, ends_L)
     return _product(rows_RK, weights_LNK.transpose(1, 2), ends_L)
 
 
@@ -54,19 +58,17 @@ def _product(rows_RA: Tensor, weights_LAB: Tensor, ends_L: Tensor) -> Tensor:
     takes_grouped_mm = rows_RA.dtype == torch.bfloat16 and all(map(_is_aligned, (rows_RA, weights_LAB)))
     if takes_grouped_mm and rows_RA.device.type != "cpu" and rows_RA.shape[0]:
         return F.grouped_mm(rows_RA, weights_LAB, offs=ends_L)
-    if takes_grouped_mm and rows_RA.shape[0] <= FEW_ROWS and weights_LAB[0].numel() <= SMALL_WEIGHT:
-        return _one_batch(rows_RA, weights_LAB, ends_L)
     spans = row_spans(ends_L)
     if takes_grouped_mm and ends_L.shape[0] <= MAX_GROUPS_PER_FILLED * len(spans):
         return F.grouped_mm(rows_RA, weights_LAB, offs=ends_L)
     return _loop(rows_RA, weights_LAB, spans)
 
 
-def _one_batch(rows_RA: Tensor, weights_LAB: Tensor, ends_L: Tensor) -> Tensor:
+def _one_batch(rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor) -> Tensor:
     """A copy of its group's weight for each row, and all rows as one batch of products."""
-    group_R = torch.searchsorted(ends_L, torch.arange(rows_RA.shape[0], dtype=torch.int32), right=True)
-    weights_RAB = weights_LAB.transpose(1, 2).index_select(0, group_R).transpose(1, 2)
-    return torch.bmm(rows_RA.unsqueeze(1), weights_RAB).squeeze(1)
+    group_R = ends_L.numpy().searchsorted(np.arange(rows_RK.shape[0]), side="right")
+    weights_RNK = weights_LNK.index_select(0, torch.from_numpy(group_R))
+    return torch.bmm(rows_RK.unsqueeze(1), weights_RNK.transpose(1, 2)).squeeze(1)
 
 
 def _loop(rows_RA: Tensor, weights_LAB: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:

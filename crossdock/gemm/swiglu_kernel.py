@@ -36,7 +36,7 @@ def swiglu_ref(gate_up_R2F: Tensor) -> Tensor:
 
 
 def _silu_times(gate_up_R2F: Tensor) -> Tensor:
-    wide = torch.promote_types(gate_up_R2F.dtype, torch.float32)
+    wide = torch.float64 if gate_up_R2F.dtype == torch.float64 else torch.float32
     gate_RF, up_RF = gate_up_R2F.to(wide).chunk(2, dim=-1)
     return (F.silu(gate_RF) * up_RF).to(gate_up_R2F.dtype)
 

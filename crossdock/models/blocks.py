@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossdock.errors import ConfigError
-from crossdock.linear import linear
+from crossdock.linear import linear, pack
 from crossdock.models.fields import Fields
+from crossdock.moe import MoELayer, SwigluMLP
 
 
 class RMSNorm(nn.Module):
@@ -28,15 +29,39 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A projection whose rows do not depend on their company; weight [out, in] and, where asked, bias [out]."""
+    """A projection whose rows do not depend on their company; weight [out, in] and, where asked, bias [out].
 
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, bias: bool = False) -> None:
+    `is_read` says that others read the weight too, so that it has to stay as it is.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        bias: bool = False,
+        is_read: bool = False,
+    ) -> None:
         super().__init__()
+        self.is_read = is_read
         self.weight = nn.Parameter(torch.zeros(outputs, inputs, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device)) if bias else None
 
+    def pack(self) -> None:
+        """Lays the weight out for inference on this device once and for all; the bits stay the same."""
+        if not self.is_read:
+            self.weight = nn.Parameter(pack(self.weight.data), requires_grad=False)
+
     def forward(self, x_TD: Tensor) -> Tensor:
         return linear(x_TD, self.weight, self.bias)
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Lays all weights out for inference on their device, one after another; the model cannot be trained after that."""
+    for module in model.modules():
+        if isinstance(module, (Linear, SwigluMLP, MoELayer)):
+            module.pack()
 
 
 @dataclass(frozen=True)

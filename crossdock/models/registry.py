@@ -10,6 +10,7 @@ import torch
 from crossdock.comm.transport import Transport
 from crossdock.errors import CheckpointError, ConfigError
 from crossdock.gemm import BLOCK, QuantSpec
+from crossdock.models.blocks import pack_weights
 from crossdock.models.deepseek import DeepSeekConfig, DeepSeekModel
 from crossdock.models.deepseek.config import MODEL_TYPES as DEEPSEEK_TYPES
 from crossdock.models.deepseek.names import targets as deepseek_targets
@@ -18,7 +19,6 @@ from crossdock.models.loader import Checkpoint, LoadReport, load_into, read_conf
 from crossdock.models.qwen_moe import QwenMoEConfig, QwenMoEModel
 from crossdock.models.qwen_moe.config import MODEL_TYPES as QWEN_TYPES
 from crossdock.models.qwen_moe.names import targets as qwen_targets
-from crossdock.moe import MoELayer
 
 FAMILIES = (*DEEPSEEK_TYPES, *QWEN_TYPES)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -75,9 +75,7 @@ def load_model(
         targets = qwen_targets(model)
     report = load_into(checkpoint, targets, progress)
     model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            module.pack()
+    pack_weights(model)
     return Loaded(model, report, stop_ids)
 
 

@@ -23,7 +23,7 @@ from crossdock.gemm import (
     quantize_whole_rows,
     swiglu,
 )
-from crossdock.gemm.packed import PackedWeights, can_pack, pack, packed_matmul
+from crossdock.gemm.packed import PackedWeights, can_pack_groups, pack_groups, packed_matmul
 from crossdock.moe.config import MoEConfig
 
 MOST_PACKED_BYTES = 1 << 29  # a layer of experts above this is not packed: for a moment there are two of it
@@ -51,8 +51,8 @@ class Experts(nn.Module):
         """These experts in the form that a CPU multiplies fastest, which may be themselves."""
         weights = self.gate_up, self.down
         size = sum(weight.nbytes for weight in weights)
-        helps = self.backend != "triton" and can_pack(self.gate_up) and can_pack(self.down)
-        return PackedExperts(*map(pack, weights)) if helps and size <= MOST_PACKED_BYTES else self
+        helps = self.backend != "triton" and can_pack_groups(self.gate_up) and can_pack_groups(self.down)
+        return PackedExperts(*map(pack_groups, weights)) if helps and size <= MOST_PACKED_BYTES else self
 
 
 class PackedExperts(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from crossdock.backend import Backend
 from crossdock.gemm import swiglu
-from crossdock.linear import linear
+from crossdock.linear import linear, pack
 
 
 class SwigluMLP(nn.Module):
@@ -21,6 +21,11 @@ class SwigluMLP(nn.Module):
         self.backend: Backend = backend
         self.gate_up = nn.Parameter(torch.zeros(2 * inner_size, hidden_size, dtype=dtype, device=device))
         self.down = nn.Parameter(torch.zeros(hidden_size, inner_size, dtype=dtype, device=device))
+
+    def pack(self) -> None:
+        """Lays the weights out for inference on this device once and for all; the bits stay the same."""
+        for name in ("gate_up", "down"):
+            setattr(self, name, nn.Parameter(pack(getattr(self, name).data), requires_grad=False))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""

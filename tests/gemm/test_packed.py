@@ -7,13 +7,14 @@ from crossdock import LocalWorld, MoEConfig, MoELayer
 from crossdock.comm import LocalTransport
 from crossdock.gemm import packed
 from crossdock.gemm.grouped_torch import grouped_matmul
+from crossdock.linear import can_pack, linear, pack
 from crossdock.moe import Experts
 from crossdock.moe.experts import PackedExperts
 
 BIG = MoEConfig(hidden_size=512, expert_size=320, num_experts=4, top_k=2)
 
 needs_onednn = pytest.mark.skipif(
-    not packed.can_pack(torch.zeros(1, 512, 512, dtype=torch.bfloat16)), reason="this torch has no bfloat16 in oneDNN"
+    not can_pack(torch.zeros(512, 512, dtype=torch.bfloat16)), reason="this torch has no bfloat16 in oneDNN"
 )
 
 
@@ -24,7 +25,7 @@ def test_packed_product_has_the_same_bits(counts: list[int]) -> None:
     rows_RK = torch.randn(sum(counts), 512, generator=generator).to(torch.bfloat16)
     weights_LNK = torch.randn(len(counts), 384, 512, generator=generator).to(torch.bfloat16)
     ends_L = torch.tensor(counts).cumsum(0).to(torch.int32)
-    found_RN = packed.packed_matmul(rows_RK, packed.pack(weights_LNK), ends_L)
+    found_RN = packed.packed_matmul(rows_RK, packed.pack_groups(weights_LNK), ends_L)
     assert torch.equal(found_RN, grouped_matmul(rows_RK, weights_LNK, ends_L))
 
 
@@ -90,3 +91,23 @@ def test_ranks_with_packed_experts_give_the_same_bits() -> None:
     with torch.no_grad():
         expected_TD = whole(x_TD)
     assert torch.equal(torch.cat(LocalWorld(2).run(run)), expected_TD)
+
+
+@needs_onednn
+@pytest.mark.parametrize(("columns", "inner"), [(352, 256), (1000, 136), (64, 64)])
+def test_a_packed_dense_product_has_the_same_bits(columns: int, inner: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    w_NK = torch.randn(columns, inner, generator=generator).to(torch.bfloat16)
+    bias_N = torch.randn(columns, generator=generator).to(torch.bfloat16)
+    packed_NK = pack(w_NK)
+    assert packed_NK.is_mkldnn and packed_NK.shape == w_NK.shape and packed_NK.dtype == w_NK.dtype
+    wide_MK = torch.randn(33, inner + 8, generator=generator).to(torch.bfloat16)
+    for rows in (0, 1, 3, 33):
+        for x_MK in (wide_MK[:rows, :inner], wide_MK[:rows, :inner].contiguous()):
+            assert torch.equal(linear(x_MK, packed_NK), linear(x_MK, w_NK))
+            assert torch.equal(linear(x_MK, packed_NK, bias_N), linear(x_MK, w_NK, bias_N))
+
+
+def test_other_weights_are_not_packed() -> None:
+    for w_NK in (torch.zeros(8, 16, dtype=torch.bfloat16), torch.zeros(512, 512)):
+        assert pack(w_NK) is w_NK

@@ -22,6 +22,7 @@ of which three (the last line's first three) are the attention itself.
            -> absorb_queries (with RoPE) -> attend_latents -> expand_values -> o_proj
 """
 
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -30,7 +31,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from crossdock.backend import Backend, resolve_backend
-from crossdock.linear import linear
+from crossdock.linear import ROW_QUANTUM, linear
 from crossdock.models.blocks import Linear, RMSNorm, rotate_halves, rotate_interleaved
 from crossdock.models.cache import Batch, PagedCache, Span
 from crossdock.models.deepseek.absorbed_kernel import absorb_queries_triton, expand_values_triton
@@ -75,7 +76,7 @@ class MLA(nn.Module):
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, dtype, device)
             self.q_b_proj = Linear(config.q_lora_rank, query_size, dtype, device)
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS, dtype, device)
-        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value), dtype, device)
+        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value), dtype, device, is_read=True)
         self.o_proj = Linear(self.heads * self.value, size_D, dtype, device, bias)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: PagedCache | None) -> Tensor:
@@ -161,30 +162,27 @@ class MLA(nn.Module):
         w_HNC, w_HCV = self._weights_to_absorb(cache)
         latent_JC = latent_JC.to(w_HNC.dtype)
         q_THQ = q_THQ.to(w_HNC.dtype) * self.scale
-        contexts = range(span.context - len(q_THQ) + 1, span.context + 1)
-        out = []
-        for pages, group in groupby(
-            zip(q_THQ.unbind(0), contexts, strict=True), lambda item: -(-item[1] // cache.page_size)
-        ):
-            queries, ends = zip(*group, strict=True)
-            out += self._over_pages(queries, ends, latent_JC[: pages * cache.page_size], w_HNC, w_HCV)
-        return torch.stack(out).to(self.kv_b_proj.weight.dtype)
+        ends = range(span.context - len(q_THQ) + 1, span.context + 1)
+        out, start = [], 0
+        for pages, group in groupby(ends, lambda end: -(-end // cache.page_size)):
+            count = len(list(group))
+            q, rows_JC = q_THQ[start : start + count], latent_JC[: pages * cache.page_size]
+            out.append(self._over_pages(q, ends[start], rows_JC, w_HNC, w_HCV))
+            start += count
+        return torch.cat(out).to(self.kv_b_proj.weight.dtype)
 
-    def _over_pages(
-        self, queries: tuple[Tensor, ...], ends: tuple[int, ...], latent_JC: Tensor, w_HNC: Tensor, w_HCV: Tensor
-    ) -> list[Tensor]:
-        """Each query [H, Q] over the first `end` rows -> [H * V] each. J is whole pages, so that a token meets products
-        of the same shape whether it is alone or one of several."""
-        absorbed = [
-            torch.cat((torch.bmm(q_HQ[:, None, : self.nope], w_HNC)[:, 0], q_HQ[:, self.nope :]), dim=-1)
-            for q_HQ in queries
-        ]
-        scores_XJ = linear(torch.cat(absorbed), latent_JC)  # X: H rows a query
-        for number, end in enumerate(ends):
-            scores_XJ[number * self.heads : (number + 1) * self.heads, end:] = float("-inf")
-        probs_XJ = scores_XJ.softmax(-1, dtype=torch.float32).to(latent_JC.dtype)
-        mean_XC = linear(probs_XJ, latent_JC[:, : self.latent].T)
-        return [torch.bmm(mean_HC[:, None], w_HCV).flatten() for mean_HC in torch.split(mean_XC, self.heads)]
+    def _over_pages(self, q_THQ: Tensor, end: int, latent_JC: Tensor, w_HNC: Tensor, w_HCV: Tensor) -> Tensor:
+        """Query t over the first `end` + t rows, [T, H * V]. J is whole pages, and the products of each head have whole
+        quanta of rows, so that a token meets products of the same shape whether it is alone or one of several."""
+        tokens = len(q_THQ)
+        q_HTQ = q_THQ.transpose(0, 1)
+        absorbed_HTC = torch.bmm(_whole_quanta(q_HTQ[..., : self.nope]), w_HNC)[:, :tokens]
+        absorbed_HTC = torch.cat((absorbed_HTC, q_HTQ[..., self.nope :]), dim=-1)
+        scores_HTJ = linear(absorbed_HTC.flatten(0, 1), latent_JC).view(self.heads, tokens, -1)
+        scores_HTJ = scores_HTJ.masked_fill(_behind(end, tokens, len(latent_JC), latent_JC.device), float("-inf"))
+        probs_XJ = scores_HTJ.softmax(-1, dtype=torch.float32).flatten(0, 1).to(latent_JC.dtype)
+        mean_HTC = linear(probs_XJ, latent_JC[:, : self.latent].T).view(self.heads, tokens, self.latent)
+        return torch.bmm(_whole_quanta(mean_HTC), w_HCV)[:, :tokens].transpose(0, 1).flatten(1)
 
     def _weights_to_absorb(self, cache: PagedCache) -> tuple[Tensor, Tensor]:
         """W_UK [H, N, C] and W_UV transposed, [H, C, V]; on a CPU in float32, converted once a cache."""
@@ -193,3 +191,15 @@ class MLA(nn.Module):
             w_HXC = w_HXC.float() if w_HXC.device.type == "cpu" else w_HXC
             cache.derived[self.layer] = w_HXC[:, : self.nope], w_HXC[:, self.nope :].transpose(1, 2)
         return cache.derived[self.layer]
+
+
+@lru_cache(maxsize=8)  # all layers of a step ask for the same
+def _behind(end: int, tokens: int, rows: int, device: torch.device) -> Tensor:
+    """Whether cache row j stands behind the first `end` + t, bool [T, J]."""
+    first_T1 = torch.arange(end, end + tokens, device=device)[:, None]
+    return torch.arange(rows, device=device) >= first_T1
+
+
+def _whole_quanta(x_HTC: Tensor) -> Tensor:
+    """Zero rows behind each head's, up to a multiple of ROW_QUANTUM."""
+    return F.pad(x_HTC, (0, 0, 0, -x_HTC.shape[1] % ROW_QUANTUM))
