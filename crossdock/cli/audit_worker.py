@@ -90,8 +90,6 @@ def compile_for(spec: KernelSpec, target: str) -> Any:
 
     gpu = GPUTarget("hip", "gfx942", 64) if target == "gfx942" else GPUTarget("cuda", int(target[3:]), 32)
     signature = dict(spec.signature)
-    if target == "gfx942":  # its FP8 hardware has the fnuz form
-        signature = {name: kind.replace("fp8e4nv", "fp8e4b8") for name, kind in signature.items()}
     divisible = [kind.startswith("*") or name in spec.multiples for name, kind in signature.items()]
     attrs = {(i,): [["tt.divisibility", 16]] for i, holds in enumerate(divisible) if holds}
     source = ASTSource(fn=spec.kernel, signature=signature, constexprs=dict(spec.constexprs), attrs=attrs)

@@ -120,14 +120,14 @@ def _measure(ranked: "list[tuple[Problem, list[Any]]]", limits: "Limits", best: 
 
     from crossdock.cli.bench.products import make
     from crossdock.cli.bench.timing import compare
-    from crossdock.cli.tune_search import search
-    from crossdock.gemm import configs, tables
+    from crossdock.cli.tune_search import own_tile, search
+    from crossdock.gemm import tables
 
     device, found = torch.device("cuda", torch.cuda.current_device()), []
     with torch.no_grad(), _bar("timing", len(ranked)) as advance:
         for problem, candidates in ranked:
             tiles = [candidate.tile for candidate in candidates if not candidate.why][:best]
-            own = configs.formula(configs.Bucket.of(problem), limits)
+            own = own_tile(problem, limits)
             product = make(problem, device, "triton")
             one = search(product, tiles, own, lambda calls: compare(calls, device))
             took = {"us": round(one.seconds * 1e6, 2), "formula_us": round(one.formula_seconds * 1e6, 2)}
@@ -164,13 +164,14 @@ def tile_text(tile: Any) -> str:
 
 
 def _show_ranked(ranked: "list[tuple[Problem, list[Any]]]", limits: "Limits", best: int, as_json: bool) -> None:
-    from crossdock.gemm.configs import Bucket, formula
+    from crossdock.cli.tune_search import own_tile
+    from crossdock.gemm.configs import Bucket
 
     result: dict[str, Any] = {}
     rows: list[tuple[str, ...]] = []
     for problem, candidates in ranked:
         bucket = Bucket.of(problem)
-        own = formula(bucket, limits)
+        own = own_tile(problem, limits)
         result[bucket.key()] = [
             {"tile": asdict(c.tile), "predicted_us": c.seconds * 1e6, "dropped": c.why, "formula": c.tile == own}
             | (asdict(c.usage) if c.usage else {})

@@ -16,6 +16,7 @@ from crossdock.cli.bench.products import Product
 from crossdock.errors import CrossdockError
 from crossdock.gemm.candidates import Usage, candidates, over_limits, predict
 from crossdock.gemm.configs import Bucket, Kind, Limits, Problem, TileConfig, formula, trial
+from crossdock.gemm.hopper_launch import untuned
 
 WORTH = 0.98  # of the formula's time, above which its tile stays: less is noise
 FAR = {"fp8": 1e-3, "bf16": 1e-4, "fp32": 1e-10}  # 1 - 2<x, y> / (<x, x> + <y, y>), as DeepGEMM measures
@@ -87,9 +88,15 @@ def rank(problem: Problem, limits: Limits, compiled: dict[str, dict[str, Any]]) 
     return sorted(ranked, key=lambda r: (bool(r.why), r.seconds, -r.tile.num_stages))
 
 
+def own_tile(problem: Problem, limits: Limits) -> TileConfig:
+    """The tile this product runs with where no table has one: the formula's, or that of Hopper's kernel."""
+    if limits.target == "sm_90" and not problem.kind.startswith("fp32"):
+        return untuned(problem, out_bytes=1 if problem.kind == "fp8_block_swiglu" else 2)
+    return formula(Bucket.of(problem), limits)
+
+
 def _considered(problem: Problem, limits: Limits) -> list[TileConfig]:
-    own = formula(Bucket.of(problem), limits)
-    return list(dict.fromkeys((own, *candidates(problem.kind, limits))))
+    return list(dict.fromkeys((own_tile(problem, limits), *candidates(problem.kind, limits))))
 
 
 def search(product: Product, tiles: Iterable[TileConfig], own: TileConfig, timer: Timer) -> Found:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from crossdock.backend import Backend, resolve_backend
 from crossdock.comm.combine_kernel import weighted_sum_ref, weighted_sum_triton
-from crossdock.comm.plan import DispatchPlan, complete_plan, plan_on_device, plan_outgoing
+from crossdock.comm.plan import DispatchPlan, check_slots, complete_plan, plan_on_device, plan_outgoing
 from crossdock.comm.transport import Done, Pending, Then, Transport
 from crossdock.errors import ConfigError, PlanMismatch
 
@@ -66,18 +66,20 @@ class Dispatcher:
         self.layer = transport.register()
         self.step = 0
 
-    def plan(self, slot_ids_TK: Tensor) -> DispatchPlan:
+    def plan(self, slot_ids_TK: Tensor, checked: bool = False) -> DispatchPlan:
         """Where each (token, k) goes, from slot ids int64 [T, K] in 0..P-1 or -1 for no expert; T may differ by rank.
 
-        In a world of one, on the triton backend and without gradients, the plan is made on the device and the host does
-        not wait for it. Raises ConfigError for an id out of range (not then), PlanMismatch where ranks are not in the
-        same exchange.
+        In a world of one, on the triton backend and without gradients, the plan is made on the device, the host does
+        not wait for it, and an id out of range is no expert, unless `checked`. Otherwise ConfigError is raised for one.
+        Raises PlanMismatch where ranks are not in the same exchange.
         """
         if slot_ids_TK.dim() != 2 or slot_ids_TK.dtype != torch.int64 or slot_ids_TK.shape[1] < 1:
             found = f"{slot_ids_TK.dtype} {tuple(slot_ids_TK.shape)}"
             raise ConfigError(f"slot_ids must be int64 [T, K] with K at least 1, found {found}")
         transport = self.transport
         if transport.world_size == 1 and not torch.is_grad_enabled() and self._on_triton(slot_ids_TK):
+            if checked:
+                check_slots(slot_ids_TK, self.num_slots)
             self.step += 1
             return plan_on_device(slot_ids_TK, self.num_slots, self.step)
         outgoing = plan_outgoing(slot_ids_TK, self.num_slots)
@@ -106,11 +108,12 @@ class Dispatcher:
         """The same, started: other work can run before `wait`."""
         tokens, top_k = plan.outgoing.position_TK.shape
         self._check("x_TD", x_TD, tokens)
+        self._check_device_plan(plan, _need_gradient(x_TD))
         if plan.token_R is not None:
             return Done(Inbound(x_TD, plan.ends_L, plan, plan.token_R))
         rows_SD = x_TD.detach().index_select(0, plan.outgoing.order_S.div(top_k, rounding_mode="floor"))
         arriving = self._send(rows_SD, plan, "dispatch")
-        if not (torch.is_grad_enabled() and x_TD.requires_grad):
+        if not _need_gradient(x_TD):
             if isinstance(arriving, Done):
                 return Done(Inbound(arriving.value, plan.ends_L, plan))
             return Then(lambda: Inbound(arriving.wait(), plan.ends_L, plan))
@@ -133,8 +136,17 @@ class Dispatcher:
         if weights_TK.shape != plan.outgoing.position_TK.shape:
             expected = tuple(plan.outgoing.position_TK.shape)
             raise ConfigError(f"weights_TK must have shape {expected}, found {tuple(weights_TK.shape)}")
+        if plus_TD is not None:
+            self._check("plus_TD", plus_TD, len(weights_TK))
+        for name, tensor in (("weights_TK", weights_TK), ("plus_TD", plus_TD)):
+            if tensor is not None and tensor.device != out_RD.device:
+                raise ConfigError(f"{name} is on {tensor.device}, but out_RD is on {out_RD.device}")
+        if not weights_TK.dtype.is_floating_point:
+            raise ConfigError(f"weights_TK must be of a floating dtype, found {weights_TK.dtype}")
+        wanted = _need_gradient(out_RD, weights_TK, plus_TD)
+        self._check_device_plan(plan, wanted)
         returning = self._return(out_RD.detach(), plan, "combine")
-        if torch.is_grad_enabled() and (out_RD.requires_grad or weights_TK.requires_grad):
+        if wanted:
 
             def combined() -> Tensor:
                 y_TD: Tensor = _Combined.apply(out_RD, weights_TK, self, plan, returning)  # type: ignore[no-untyped-call]
@@ -172,6 +184,10 @@ class Dispatcher:
         rows_RD = out_RD.index_select(0, plan.restore_R)
         return self.transport.all_to_all_rows(rows_RD, plan.recv_counts, plan.send_counts, self._phase(phase))
 
+    def _check_device_plan(self, plan: DispatchPlan, wanted: bool) -> None:
+        if wanted and plan.token_R is not None:
+            raise ConfigError("the plan was made without gradients, but one is wanted: make it where they are enabled")
+
     def _phase(self, phase: str) -> str:
         return f"{phase} of exchange {self.step} in MoE layer {self.layer}"
 
@@ -188,6 +204,10 @@ class Dispatcher:
                     where = f"rank {self.transport.rank}: {self._phase('plan')}"
                     found, expected = _shown(name, theirs), _shown(name, mine)
                     raise PlanMismatch(f"{where}: {name} is {found} on rank {rank}, expected {expected} as here")
+
+
+def _need_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _shown(name: str, value: int) -> str:

@@ -51,6 +51,15 @@ class DispatchPlan:
     token_R: Tensor | None = None
 
 
+def check_slots(slot_ids_TK: Tensor, num_slots: int) -> None:
+    """Raises ConfigError for an id outside -1..P-1; waits for the device."""
+    if slot_ids_TK.numel():
+        lowest, highest = int(slot_ids_TK.min()), int(slot_ids_TK.max())
+        if lowest < -1 or highest >= num_slots:
+            found = lowest if lowest < -1 else highest
+            raise ConfigError(f"slot_ids must be in -1..{num_slots - 1}, found {found}")
+
+
 def plan_outgoing(slot_ids_TK: Tensor, num_slots: int) -> Outgoing:
     """Orders this rank's rows. Raises ConfigError for an id outside -1..P-1.
 
@@ -73,7 +82,7 @@ def plan_outgoing(slot_ids_TK: Tensor, num_slots: int) -> Outgoing:
 
 
 def plan_on_device(slot_ids_TK: Tensor, num_slots: int, step: int) -> DispatchPlan:
-    """The plan of a rank that holds all slots, in one kernel; ids are not checked: that would wait for the device."""
+    """The plan of a rank that holds all slots, in one kernel, int32; ids are not checked: that would wait for it."""
     order_N, token_N, position_TK, ends_P = place_rows_triton(slot_ids_TK, num_slots)
     rows = [slot_ids_TK.numel()]
     return DispatchPlan(Outgoing(order_N, position_TK, []), rows, rows, ends_P, None, None, step, token_N)

@@ -3,7 +3,8 @@
 
 The host neither takes part nor waits. A program per slot p finds its rows by itself: it counts the choices of lower
 slots, which is where its rows begin, and then numbers its own choices in the order of (token, k). Choices of no expert
-(-1) come last, numbered by one program more, so that every index is in range whatever the choices are:
+(-1, and any other id that is no slot) come last, numbered by one program more, so that every index is in range whatever
+the choices are:
 
     slot_ids_TK   2 0 | 0 -1 | 2 1        ends_P   2 3 5
     order_N       1 2 | 5 | 0 4 | 3       token_N  0 1 | 2 | 0 2 | 1       (N = T * K; slots 0, 1, 2, then -1)
@@ -30,9 +31,10 @@ def place_rows_ref(slot_ids_TK: Tensor, num_slots: int) -> Placed:
     """The specification: a stable sort by slot, -1 last."""
     top_k = slot_ids_TK.shape[1]
     slot_N = slot_ids_TK.flatten()
-    order_N = torch.where(slot_N < 0, num_slots, slot_N).argsort(stable=True)
+    slot_N = torch.where((slot_N < 0) | (slot_N >= num_slots), num_slots, slot_N)
+    order_N = slot_N.argsort(stable=True)
     position_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(slot_N), device=slot_N.device))
-    position_N = torch.where(slot_N < 0, len(slot_N), position_N)
+    position_N = torch.where(slot_N == num_slots, len(slot_N), position_N)
     ends_P = (slot_N[:, None] == torch.arange(num_slots, device=slot_N.device)).sum(0).cumsum(0)
     token_N = order_N.div(top_k, rounding_mode="floor")
     placed = order_N, token_N, position_N.view(slot_ids_TK.shape), ends_P
@@ -56,12 +58,13 @@ def place_rows_kernel(
     for first in range(0, N, BLOCK):
         at = first + tl.arange(0, BLOCK)
         ids = tl.load(slot_ids_ptr + at, mask=at < N, other=-1)
-        start += tl.sum(((ids >= 0) & (ids < slot)).to(tl.int32))
+        start += tl.sum(((ids >= 0) & (ids < slot) & (ids < P)).to(tl.int32))
     count = 0
     for first in range(0, N, BLOCK):
         at = first + tl.arange(0, BLOCK)
         ids = tl.load(slot_ids_ptr + at, mask=at < N, other=-1)
-        mine = ((ids == slot) | ((ids < 0) & (slot == P))) & (at < N)
+        none = (ids < 0) | (ids >= P)
+        mine = ((none & (slot == P)) | (~none & (ids == slot))) & (at < N)
         row = start + count + tl.cumsum(mine.to(tl.int32)) - 1
         tl.store(order_ptr + row, at, mask=mine)
         tl.store(token_ptr + row, at // K, mask=mine)

@@ -120,16 +120,24 @@ TARGETS = {target: Limits(target, MULTIPROCESSORS[target], shared) for target, s
 
 def choose(problem: Problem, device: torch.device) -> TileConfig:
     """The tile for `problem` on `device`; on a CPU, where kernels are interpreted, what the formula says of sm_90."""
+    return tuned(problem, device) or _by_formula(Bucket.of(problem), device)
+
+
+def tuned(problem: Problem, device: torch.device) -> TileConfig | None:
+    """The tile that is on trial or that a table has; None where the formula has to say."""
     if _trials and (tile := _trials.get(problem.kind)) is not None:
         return tile
-    return _choose(Bucket.of(problem), device)
+    return None if device.type == "cpu" else _in_tables(Bucket.of(problem), device)
 
 
 @lru_cache(maxsize=4096)
-def _choose(bucket: Bucket, device: torch.device) -> TileConfig:
-    if device.type == "cpu":
-        return formula(bucket, TARGETS["sm_90"])
-    return _tuned(torch.cuda.get_device_name(device)).get(bucket.key()) or formula(bucket, limits_of(device))
+def _in_tables(bucket: Bucket, device: torch.device) -> TileConfig | None:
+    return _tuned(torch.cuda.get_device_name(device)).get(bucket.key())
+
+
+@lru_cache(maxsize=4096)
+def _by_formula(bucket: Bucket, device: torch.device) -> TileConfig:
+    return formula(bucket, TARGETS["sm_90"] if device.type == "cpu" else limits_of(device))
 
 
 def formula(bucket: Bucket, limits: Limits) -> TileConfig:
@@ -138,6 +146,8 @@ def formula(bucket: Bucket, limits: Limits) -> TileConfig:
     Few rows: 64 of them a tile, two programs a multiprocessor, and as many bytes in flight as shared memory holds, as
     the weights' stream is the limit. Many rows: 128 and eight warps, which reads each weight half as often. float32
     runs without tensor cores and needs registers for both operands; a fused product keeps two accumulators, hence 64.
+    On AMD two stages, and one where FP8 is widened to float16 on the way (gfx942 has no e4m3 of this form) and would
+    spill.
     """
     base = bucket.kind.removesuffix("_swiglu")
     fused = base != bucket.kind
@@ -149,7 +159,7 @@ def formula(bucket: Bucket, limits: Limits) -> TileConfig:
     tile = TileConfig(block_m, 128, BLOCK_K[base], warps, num_stages=1)
     resident = 2 if warps == 4 else 1
     fitting = (limits.shared_bytes // resident - SPARE_SHARED) // stage_bytes(bucket.kind, tile)
-    stages = 2 if limits.is_amd else max(1, min(fitting, 4))
+    stages = (1 if base != "bf16" and not fused else 2) if limits.is_amd else max(1, min(fitting, 4))
     return TileConfig(block_m, 128, tile.block_k, warps, stages)
 
 
@@ -216,7 +226,8 @@ def load_table(path: Path | str) -> None:
 
 def forget() -> None:
     """Makes the next choice read the files anew."""
-    _choose.cache_clear()
+    _in_tables.cache_clear()
+    _by_formula.cache_clear()
     _tuned.cache_clear()
 
 
@@ -231,7 +242,7 @@ def _tuned(device_name: str) -> dict[str, TileConfig]:
         try:
             if path is not None and path.is_file():
                 found |= _tiles(tables.holding(path, device_name))
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:  # OSError: a home that may not be searched
             warnings.warn(f"tuned tiles are not used: {error}", stacklevel=2)
     return found
 

@@ -64,15 +64,25 @@ def grouped_gemm(
     check_groups(rows_RK, weights_LNK, ends_L, "rows_RK", "weights_LNK", row_ids_R, may_end_early, checked)
     on_triton = resolve_backend(backend, rows_RK.device) == "triton"
     _check_floats("rows_RK", rows_RK, "weights_LNK", weights_LNK, on_triton)
-    return _product(rows_RK, weights_LNK, ends_L, row_ids_R, on_triton)
+    return _product(rows_RK, weights_LNK, ends_L, row_ids_R, on_triton, may_end_early)
 
 
-def _product(rows_TK: Tensor, weights_LNK: Tensor, ends_L: Tensor, row_ids_R: Tensor | None, on_triton: bool) -> Tensor:
+def _product(
+    rows_TK: Tensor,
+    weights_LNK: Tensor,
+    ends_L: Tensor,
+    row_ids_R: Tensor | None,
+    on_triton: bool,
+    may_end_early: bool = False,
+) -> Tensor:
     needs_gradient = _needs_gradient(rows_TK, weights_LNK)
     if on_triton and not needs_gradient:
         return _launch(rows_TK, weights_LNK, ends_L, row_ids_R)
     rows = len(rows_TK) if row_ids_R is None else len(row_ids_R)
     rows_RK = _in_order(rows_TK, row_ids_R, ends_L)
+    if needs_gradient and may_end_early and row_ids_R is None and not _knows_ends(ends_L):
+        used_R = torch.arange(len(rows_RK), device=ends_L.device) < ends_L[-1:].sum()
+        rows_RK = torch.where(used_R[:, None], rows_RK, 0.0)  # no gradient reaches rows that none has been computed for
     if needs_gradient:
         out_RN: Tensor = _GroupedGemm.apply(rows_RK, weights_LNK, ends_L, on_triton)  # type: ignore[no-untyped-call]
     else:
@@ -80,9 +90,14 @@ def _product(rows_TK: Tensor, weights_LNK: Tensor, ends_L: Tensor, row_ids_R: Te
     return out_RN if len(out_RN) == rows else F.pad(out_RN, (0, 0, 0, rows - len(out_RN)))
 
 
+def _knows_ends(ends_L: Tensor) -> bool:
+    """Whether the host can read them without waiting."""
+    return ends_L.device.type == "cpu"
+
+
 def _in_order(rows_TK: Tensor, row_ids_R: Tensor | None, ends_L: Tensor) -> Tensor:
     """Rows in group order; on a CPU, where the host may know how many are in use, those alone."""
-    if ends_L.device.type != "cpu":
+    if not _knows_ends(ends_L):
         return rows_TK if row_ids_R is None else gather_rows(rows_TK, row_ids_R, ends_L)
     used = int(ends_L.numpy()[-1]) if len(ends_L) else 0
     if row_ids_R is not None:

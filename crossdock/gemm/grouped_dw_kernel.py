@@ -91,6 +91,7 @@ def tile_config(dtype: torch.dtype) -> dict[str, int]:
 
 def grouped_dw_triton(dout_RN: Tensor, rows_RK: Tensor, ends_L: Tensor) -> Tensor:
     """`grouped_dw_ref` in one launch that never reads `ends_L` on the host."""
+    ends_L = ends_L.contiguous()
     groups, columns, inner = ends_L.shape[0], dout_RN.shape[1], rows_RK.shape[1]
     dw_LNK = torch.empty((groups, columns, inner), dtype=rows_RK.dtype, device=rows_RK.device)
     if dw_LNK.numel() == 0:

@@ -72,7 +72,7 @@ def grouped_swiglu_kernel(
     k_K = tl.arange(0, BLOCK_K)
     x_ptrs = rows_ptr + from_M[:, None] * stride_r + k_K[None, :]
     gate_ptrs = weights_ptr + group.to(tl.int64) * stride_l + from_N[None, :] * stride_w + k_K[:, None]
-    up_ptrs = gate_ptrs + F.to(tl.int64) * stride_w
+    up_ptrs = gate_ptrs + tl.full((), F, tl.int64) * stride_w
     if ALIGNED:
         x_ptrs = tl.multiple_of(x_ptrs, (16, 16))
         gate_ptrs = tl.multiple_of(gate_ptrs, (16, 16))

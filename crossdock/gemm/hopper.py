@@ -58,7 +58,8 @@ def takes(kind: Kind, rows_TK: Tensor, weights_LNK: Tensor) -> bool:
     aligned = _rows_aligned(rows_TK) and _rows_aligned(weights_LNK)
     packed = groups == 1 or weights_LNK.stride(0) == columns * weights_LNK.stride(1)
     numbered = max(rows_TK.shape[0], groups * columns) < 2**31 - 256  # rows that a tile may reach past the end
-    return aligned and packed and numbered and columns % MULTIPLES.get(kind, 16) == 0
+    apart = rows_TK.stride(-2) >= rows_TK.shape[-1]  # no descriptor for rows that overlap
+    return aligned and packed and apart and numbered and columns % MULTIPLES.get(kind, 16) == 0
 
 
 @lru_cache

@@ -28,18 +28,17 @@ WIDE: dict[Kind, TileConfig] = {
 
 
 def tile_of(problem: Problem, device: torch.device, out_bytes: int = 2) -> TileConfig:
-    """What `configs.choose` gives, or a WIDE tile where that is only its formula's; `out_bytes` an element."""
-    tile = configs.choose(problem, device)
-    by_formula, wide = _by_formula(problem)
-    return wide if tile == by_formula and wide is not None else fitting(problem.kind, tile, out_bytes)
+    """The tuned tile where there is one, which ran as it is, else `untuned`; `out_bytes` an element."""
+    return configs.tuned(problem, device) or untuned(problem, out_bytes)
 
 
 @lru_cache(maxsize=4096)
-def _by_formula(problem: Problem) -> tuple[TileConfig, TileConfig | None]:
+def untuned(problem: Problem, out_bytes: int = 2) -> TileConfig:
+    """A WIDE tile where rows are many and it divides the columns, else the formula's as far as it fits."""
     bucket, wide = Bucket.of(problem), WIDE.get(problem.kind)
-    if wide is not None and (bucket.rows_per_group <= configs.FEW_ROWS or problem.columns % wide.block_n):
-        wide = None
-    return configs.formula(bucket, HOPPER), wide
+    if wide is not None and bucket.rows_per_group > configs.FEW_ROWS and problem.columns % wide.block_n == 0:
+        return wide
+    return fitting(problem.kind, configs.formula(bucket, HOPPER), out_bytes)
 
 
 def fitting(kind: Kind, tile: TileConfig, out_bytes: int) -> TileConfig:

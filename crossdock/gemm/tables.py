@@ -13,6 +13,7 @@ that going back to an older Triton finds its tiles again. What a key means is co
 import ast
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -99,4 +100,4 @@ def _entries(table: dict[str, object]) -> list[object]:
 
 
 def _is_entry(entry: object) -> bool:
-    return isinstance(entry, dict) and all(isinstance(value, int | float) for value in entry.values())
+    return isinstance(entry, dict) and all(isinstance(v, int | float) and math.isfinite(v) for v in entry.values())

@@ -63,10 +63,10 @@ class MoELayer(nn.Module):
             backend=backend,
         )
         self.dispatcher = Dispatcher(transport, placement.num_slots, config.hidden_size, dtype, backend)
-        self.placement_tables: tuple[Tensor, Tensor] | None = None  # None where expert ids are slot ids
-        if not placement.is_identity:
-            tables = placement.logical_to_physical_EX, placement.replica_count_E
-            self.placement_tables = tables[0].to(device), tables[1].to(device)
+        self.slots_EX: Tensor
+        self.replicas_E: Tensor
+        self.register_buffer("slots_EX", placement.logical_to_physical_EX.to(device), persistent=False)
+        self.register_buffer("replicas_E", placement.replica_count_E.to(device), persistent=False)
         self.experts: Experts | PackedExperts | Fp8Experts = make_experts(
             config, placement.slots_per_rank, dtype, device, backend
         )
@@ -90,7 +90,8 @@ class MoELayer(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D] in x's dtype; a collective of all ranks."""
-        routing = self.router(x_TD, load_E=self.load_E, placement_tables=self.placement_tables)
+        tables = None if self.placement.is_identity else (self.slots_EX, self.replicas_E)
+        routing = self.router(x_TD, load_E=self.load_E, placement_tables=tables)
         slot_ids_TK = routing.expert_ids_TK if routing.slot_ids_TK is None else routing.slot_ids_TK
         plan = self.dispatcher.plan(slot_ids_TK)
         arriving = self.dispatcher.dispatch_async(x_TD, plan)

@@ -87,6 +87,12 @@ def test_rows_of_another_form_are_refused() -> None:
         dispatcher.combine(torch.zeros(2, 8).bfloat16(), torch.ones(1, 2), dispatcher.dispatch(torch.zeros(1, 8), plan))
     with pytest.raises(ConfigError, match=r"weights_TK must have shape \(1, 2\), found \(2, 2\)"):
         dispatcher.combine(torch.zeros(2, 8), torch.ones(2, 2), dispatcher.dispatch(torch.zeros(1, 8), plan))
+    inbound = dispatcher.dispatch(torch.zeros(1, 8), plan)
+    for plus_TD in (torch.zeros(2, 8), torch.zeros(8), torch.zeros(1, 4), torch.zeros(1, 8).double()):
+        with pytest.raises(ConfigError, match=r"plus_TD must be torch.float32 \[1, 8\], found"):
+            dispatcher.combine(torch.zeros(2, 8), torch.ones(1, 2), inbound, plus_TD)
+    with pytest.raises(ConfigError, match="weights_TK must be of a floating dtype"):
+        dispatcher.combine(torch.zeros(2, 8), torch.ones(1, 2).long(), inbound)
     with pytest.raises(ConfigError, match="5 slots do not divide over 2 ranks"):
         LocalWorld(2).run(lambda t: Dispatcher(t, 5, 8, torch.float32))
 

@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from crossdock.backend import Backend
 from crossdock.comm import Dispatcher, LocalTransport
 from crossdock.comm.combine_kernel import weighted_sum_ref, weighted_sum_triton
 from crossdock.comm.plan import plan_outgoing
 from crossdock.comm.plan_kernel import BLOCK, place_rows_ref, place_rows_triton
+from crossdock.errors import ConfigError
 
 CASES = [  # T, K, P
     (0, 2, 4),
@@ -102,3 +104,38 @@ def test_a_dispatcher_on_the_device_gives_the_bits_of_the_host(lowest: int, devi
             found.append((rows_RD[:used], inbound.ends_L, dispatcher.combine(rows_RD * 2, weights_TK, inbound, x_TD)))
     assert plan.token_R is None
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_ids_that_are_no_slot_are_no_expert(device: torch.device) -> None:
+    ids_TK = torch.tensor([[0, 5], [2, 4], [-9, 3]], device=device)
+    found = place_rows_triton(ids_TK, 3)
+    for one, expected in zip(found, place_rows_ref(ids_TK, 3), strict=True):
+        assert torch.equal(one, expected)
+    assert found[2].tolist() == [[0, 6], [1, 6], [6, 6]]
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"slot_ids must be in -1..2, found -9"):
+        Dispatcher(LocalTransport(), 3, 5, torch.float32, backend="triton").plan(ids_TK, checked=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradient_of_what_is_added_alone(backend: Backend, device: torch.device) -> None:
+    """The shared experts', where nothing else is trained."""
+    dispatcher = Dispatcher(LocalTransport(), 4, 5, torch.float32, backend=backend)
+    inbound = dispatcher.dispatch(torch.zeros(3, 5, device=device), dispatcher.plan(choices(3, 2, 4, device, 0)))
+    plus_TD = torch.ones(3, 5, device=device, requires_grad=True)
+    y_TD = dispatcher.combine(inbound.rows_RD, torch.rand(3, 2, device=device), inbound, plus_TD)
+    y_TD.sum().backward()
+    assert torch.equal(plus_TD.grad, torch.ones_like(plus_TD))
+
+
+def test_a_plan_without_gradients_serves_none(device: torch.device) -> None:
+    dispatcher = Dispatcher(LocalTransport(), 4, 5, torch.float32, backend="triton")
+    x_TD = torch.zeros(3, 5, device=device, requires_grad=True)
+    with torch.no_grad():
+        plan = dispatcher.plan(choices(3, 2, 4, device, 0))
+        inbound = dispatcher.dispatch(x_TD, plan)
+    with pytest.raises(ConfigError, match="the plan was made without gradients"):
+        dispatcher.dispatch(x_TD, plan)
+    with pytest.raises(ConfigError, match="the plan was made without gradients"):
+        dispatcher.combine(
+            torch.zeros(6, 5, device=device, requires_grad=True), torch.rand(3, 2, device=device), inbound
+        )

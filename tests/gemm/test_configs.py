@@ -45,7 +45,7 @@ def test_formula_stays_within_each_target(target: str, kind: Kind) -> None:
         configs.check_tile(kind, tile)
         assert over_limits(kind, tile, limits) == ""
         assert tile.num_warps in (4, 8) and tile.block_m >= 64  # or Hopper would not take wgmma
-        assert tile.num_stages == 2 if limits.is_amd else tile.num_stages >= 3
+        assert tile.num_stages <= 2 if limits.is_amd else tile.num_stages >= 3
 
 
 def test_the_formula_turns_where_rows_pass_64_a_group() -> None:
@@ -189,3 +189,20 @@ def test_the_model_prefers_what_is_known_to_be_better() -> None:
     shallow = TileConfig(64, 64, 128, 4, 2)
     assert predict(few, narrow, limits) <= predict(few, shallow, limits)
     assert predict(many, wide, limits) > 2 * 32 * 1024 * 4096 * 7168 / 1.98e15  # no faster than the matrix units
+
+
+def test_a_home_that_may_not_be_searched_costs_a_warning(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.warns(UserWarning, match="tuned tiles are not used: .*Permission denied"):
+        assert choose(PROBLEM, GPU) == formula(Bucket.of(PROBLEM), TARGETS["sm_90"])
+
+
+def test_sizes_must_be_finite(gpu: Path) -> None:
+    gpu.parent.mkdir(parents=True)
+    held = {KEY: ENTRY | {"num_stages": float("nan")}}
+    gpu.write_text(json.dumps({"format": 1, "devices": {"NVIDIA H200": {tables.version(): held}}}))
+    with pytest.raises(ConfigError, match="devices must hold a tile's sizes"):
+        configs.load_table(gpu)

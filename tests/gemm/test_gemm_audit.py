@@ -57,3 +57,21 @@ def test_fp8_uses_the_tensor_cores_of_sm_90() -> None:
 
 def _compiler_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+UNIT = """
+from dataclasses import replace
+from crossdock.cli.audit_worker import examine
+from crossdock.gemm.grouped_swiglu_kernel import AUDIT
+
+spec = AUDIT[0]
+signature = spec.signature | {"F": "constexpr"}
+built = examine(replace(spec, signature=signature, constexprs=spec.constexprs | {"F": 1, "EVEN_N": False}), "sm_90")
+assert built["why"] == "", built["why"]
+"""
+
+
+def test_swiglu_compiles_where_triton_knows_that_a_size_is_one() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", UNIT], capture_output=True, text=True, env=_compiler_environment())
+    assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossdock.errors import ConfigError
-from crossdock.gemm import grouped_gemm
+from crossdock.gemm import grouped, grouped_gemm
 from crossdock.gemm.grouped_kernel import grouped_gemm_ref
 from tests.gemm.cases import ROUNDING, assert_close_to_float64
 from tests.gemm.cases import float_case as case
@@ -175,3 +175,28 @@ def test_bad_arguments() -> None:
         grouped_gemm(rows_RK, weights_LNK, torch.tensor([2, 4], dtype=torch.int32))
     with pytest.raises(ConfigError, match=r"weights_LNK is on meta, but rows_RK is on cpu"):
         grouped_gemm(rows_RK, weights_LNK.to("meta"), ends_L)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_with_ends_that_are_not_contiguous(backend: str, device: torch.device) -> None:
+    rows_RK, weights_LNK, ends_L = case([2, 3, 2], 5, 8, torch.float32, device)
+    strided_L = torch.stack((ends_L, ends_L + 9), dim=1)[:, 0]
+    weights_LNK.requires_grad_()
+    expected, found = (
+        torch.autograd.grad(grouped_gemm(rows_RK, weights_LNK, ends, backend=backend).sum(), weights_LNK)[0]
+        for ends in (ends_L, strided_L)
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("poison")
+def test_no_gradient_reaches_rows_behind_the_last_end(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the host does not know how many rows are in use."""
+    rows_RK, weights_LNK, _ = case([6], 5, 8, torch.float32, device)
+    weights_LNK = weights_LNK.expand(2, 5, 8)
+    monkeypatch.setattr(grouped, "_knows_ends", lambda ends_L: False)
+    rows_RK.requires_grad_()
+    ends_L = torch.tensor([2, 4], dtype=torch.int32, device=device)
+    out_RN = grouped_gemm(rows_RK, weights_LNK, ends_L, backend="triton", may_end_early=True)
+    out_RN[:4].sum().backward()
+    assert not rows_RK.grad.isnan().any() and not rows_RK.grad[4:].any() and rows_RK.grad[:4].all()

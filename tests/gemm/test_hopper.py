@@ -28,7 +28,7 @@ from crossdock.gemm.grouped_hopper_kernel import grouped_gemm_hopper
 from crossdock.gemm.grouped_kernel import grouped_gemm_triton
 from crossdock.gemm.grouped_swiglu_hopper_kernel import grouped_swiglu_hopper
 from crossdock.gemm.grouped_swiglu_kernel import grouped_swiglu_triton
-from crossdock.gemm.hopper_launch import HOPPER, WIDE, tile_of
+from crossdock.gemm.hopper_launch import HOPPER, WIDE, fitting, tile_of
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -175,12 +175,15 @@ def test_bits_on_both_sides_of_the_wide_tiles() -> None:
 
 
 def test_tiles() -> None:
-    """A tile of a table is taken as it is but for stages that do not fit beside the output."""
+    """A tile on trial or of a table is taken as it is; the formula's has the stages that fit beside the output."""
     problem = Problem("bf16", 4096, 4, 4096, 4096)
     with trial("bf16", TileConfig(64, 64, 64, 4, 2)):
         assert tile_of(problem, CPU) == TileConfig(64, 64, 64, 4, 2)
-    with trial("bf16", TileConfig(256, 128, 64, 8, 6)):
-        assert tile_of(problem, CPU).num_stages == 3
+    for tile in (TileConfig(256, 128, 64, 8, 6), WIDE["bf16"], TileConfig(128, 128, 64, 8, 4)):
+        with trial("bf16", tile):
+            assert tile_of(problem, CPU) == tile
+    assert tile_of(problem, CPU) == WIDE["bf16"]
+    assert fitting("bf16", TileConfig(256, 128, 64, 8, 6), 2).num_stages == 3
     assert tile_of(Problem("bf16", 4096, 4, 4096 + 128, 4096), CPU).block_n == 128  # 256 would leave half a tile idle
     assert persistent_map.programs(TileConfig(64, 128, 64, 4, 3), 100, CPU) == 6
     assert persistent_map.programs(TileConfig(128, 128, 64, 8, 3), 2, CPU) == 2
