@@ -26,7 +26,7 @@ with crossdock.init() as group:
         transport,
         max_new_tokens=32,
         stop_ids=loaded.stop_ids,
-        draft_tokens=2 if loaded.model.has_mtp else 0,
+        draft_tokens=3 if loaded.model.has_mtp else 0,
         device=group.device,
     )
     if group.rank == 0:  # every rank has all results

@@ -51,7 +51,7 @@ def generate(
     draft_tokens: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Tokens the MTP layer drafts a step, which changes no token; 2 by default where there is one."
+            min=0, help="Most tokens the MTP layer drafts a step, which changes no token; 3 where there is one."
         ),
     ] = None,
     timeout: Annotated[float, typer.Option(max=1e6, help="Longest wait for another rank, in seconds.")] = 300.0,

@@ -9,8 +9,8 @@ it the drafted one where there is a draft), samples after each, and keeps what a
     step 1   t3 d4                -> t4 (= d4? then t5)     draft from (t4 t5, hidden of t3 d4)       -> d6
     step 2   t5 d6                -> ...
 
-Several drafts a step are a chain: the MTP layer reads its own hidden state and its last draft for the next one. What it
-caches on the way is written anew once the tokens are real.
+Several drafts a step are a chain: the MTP layer reads its own hidden state and its last draft for the next one, while
+it is sure enough of them. What it caches on the way is written anew once the tokens are real.
 
 Drafts only decide how many tokens a step yields, never which: the token sampled after t3 is what it would have been
 alone, and d4's row is used only where it is that very token (exact for greedy and for sampling alike).
@@ -32,7 +32,8 @@ from crossdock.models.cache import Batch, PagedCache, Sequence, Span
 from crossdock.models.sampling import Sampling, sample
 
 PAGE_SIZE = 64  # tokens a page
-DRAFT_TOKENS = 2  # a step, where nothing else is asked for and the model has an MTP layer
+DRAFT_TOKENS = 3  # at most, a step, where nothing else is asked for and the model has an MTP layer
+LEAST_LIKELY = 0.3  # a chain of drafts goes on while the MTP layer holds all of it for at least as probable
 
 
 class CausalModel(Protocol):
@@ -170,31 +171,43 @@ class _Generator:
     def _draft(self, live: list[_Active], batch: Batch, hidden_TD: Tensor, kept: list[int], decode: list[bool]) -> None:
         """Runs the MTP layer over the tokens that were kept; its last row a sequence gives the first draft of the next
         step, and each further pass, over that draft alone, one more."""
-        going = [i for i, a in enumerate(live) if not a.done]
-        rows = [row for i in going for row in range(batch.spans[i].start, batch.spans[i].start + kept[i])]
-        fed = [live[i].ids[live[i].sequence.length + 1 :][: kept[i]] for i in going]
-        pieces = [(live[i].sequence, kept[i], decode[i]) for i in going]
-        hidden_TD = hidden_TD[rows]
-        for number in range(self.draft_tokens):
+        at = [i for i, a in enumerate(live) if not a.done]
+        going = [live[i] for i in at]
+        rows = [row for i in at for row in range(batch.spans[i].start, batch.spans[i].start + kept[i])]
+        fed = [live[i].ids[live[i].sequence.length + 1 :][: kept[i]] for i in at]
+        pieces = [(live[i].sequence, kept[i], decode[i]) for i in at]
+        hidden_TD, chances = hidden_TD[rows], [1.0] * len(going)
+        for number in range(1, self.draft_tokens + 1):
+            if number > 1 and not self._anyone(len(going), "is anyone drafting"):
+                return
             mtp_batch = self.cache.batch(pieces)
             drafted_TD = self.model.draft(self._ids(fed), hidden_TD, mtp_batch, self.cache)
-            hidden_TD = drafted_TD[[span.stop - 1 for span in mtp_batch.spans]]
-            drafts = self.model.logits(hidden_TD).argmax(-1).tolist() if going else []
-            for i, draft in zip(going, drafts, strict=True):
-                if self._left(live[i]) > number + 1:  # the step that verifies drafts adds a token of its own
-                    live[i].drafts.append(draft)
-            fed = [[draft] for draft in drafts]
-            pieces = [(Sequence(a.pages, a.length + count), 1, True) for a, count, _ in pieces]
+            hidden_SD = drafted_TD[[span.stop - 1 for span in mtp_batch.spans]]
+            likely, drafts = _likeliest(self.model.logits(hidden_SD)) if going else ([], [])
+            chances = [chance * p for chance, p in zip(chances, likely, strict=True)]
+            for a, draft in zip(going, drafts, strict=True):
+                if self._left(a) > number:  # the step that verifies drafts adds a token of its own
+                    a.drafts.append(draft)
+            on = [s for s, a in enumerate(going) if chances[s] >= LEAST_LIKELY and self._left(a) > number + 1]
+            pieces = [(Sequence(pieces[s][0].pages, pieces[s][0].length + pieces[s][1]), 1, True) for s in on]
+            going, chances, fed = [going[s] for s in on], [chances[s] for s in on], [[drafts[s]] for s in on]
+            hidden_TD = hidden_SD[on]
 
     def _ids(self, pieces: list[list[int]]) -> Tensor:
         return torch.tensor([i for piece in pieces for i in piece], dtype=torch.int64, device=self.device)
 
     def unfinished(self) -> bool:
         """Whether any rank has work left; a rank without any still takes part in the others' steps."""
-        return any(
-            left
-            for (left,) in self.transport.all_gather([sum(not a.done for a in self.active)], "is anyone generating")
-        )
+        return self._anyone(sum(not a.done for a in self.active), "is anyone generating")
+
+    def _anyone(self, count: int, phase: str) -> bool:
+        return any(found for (found,) in self.transport.all_gather([count], phase))
+
+
+def _likeliest(logits_SV: Tensor) -> tuple[list[float], list[int]]:
+    """Each row's largest probability and its token."""
+    largest = logits_SV.softmax(-1).max(-1)
+    return largest.values.tolist(), logits_SV.argmax(-1).tolist()
 
 
 def _sampled_rows(span: Span) -> range:
@@ -237,8 +250,8 @@ def generate(
 ) -> Generation:
     """Generates after each prompt; every rank calls this with the same prompts, rank r works on prompts r, r + W, ...
 
-    A sequence ends at a stop id, after max_new_tokens, or where the model's context does. `draft_tokens` are drafted by
-    the MTP layer and verified together in each step; 0 decodes plainly. `dtype` is the cache's.
+    A sequence ends at a stop id, after max_new_tokens, or where the model's context does. Up to `draft_tokens` are
+    drafted by the MTP layer and verified together in each step; 0 decodes plainly. `dtype` is the cache's.
     `on_token(prompt, token)` is called on the rank that owns the prompt. Raises ConfigError for a prompt that is empty,
     longer than the context or holds an id outside the vocabulary, for max_new_tokens below 1, and for drafts
     of a model without an MTP layer, CrossdockError for logits that are not finite.

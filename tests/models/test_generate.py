@@ -30,7 +30,11 @@ def run(directory: Path, transport: Transport, prompts: list[list[int]] = PROMPT
 
 @pytest.mark.parametrize("draft_tokens", [1, 3])
 @pytest.mark.parametrize("predictable", [0.0, 0.85, 1.0])
-def test_speculation_changes_no_token_and_no_bit(predictable: float, draft_tokens: int, tmp_path: Path) -> None:
+def test_speculation_changes_no_token_and_no_bit(
+    predictable: float, draft_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chains go on here however unlikely they are, so that all of their lengths are met."""
+    monkeypatch.setattr("crossdock.models.generate.LEAST_LIKELY", 0.0)
     save("deepseek_v3", tmp_path)
     add_mtp(tmp_path, predictable)
     expected = run(tmp_path, LocalTransport())
@@ -41,6 +45,21 @@ def test_speculation_changes_no_token_and_no_bit(predictable: float, draft_token
         assert found.drafted > 0
         rate = found.accepted / found.drafted
         assert rate == 1.0 if predictable == 1.0 else rate < 0.3 if predictable == 0.0 else 0.1 < rate < 1.0
+
+
+def test_chains_go_on_where_they_are_likely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three prompts on two ranks: their chains end at other passes, and the ranks must still agree on each."""
+    save("deepseek_v3", tmp_path)
+    add_mtp(tmp_path, 0.85)
+    counts = {}
+    for least in (0.0, 0.9, 2.0):
+        monkeypatch.setattr("crossdock.models.generate.LEAST_LIKELY", least)
+        found = LocalWorld(2).run(lambda t: run(tmp_path, t, draft_tokens=3))[0]
+        counts[least] = found.drafted
+        assert [output.token_ids for output in found.outputs] == [
+            output.token_ids for output in run(tmp_path, LocalTransport()).outputs
+        ]
+    assert counts[0.0] > counts[0.9] > counts[2.0] > 0
 
 
 def test_speculation_changes_no_sampled_token_either(tmp_path: Path) -> None:
