@@ -65,7 +65,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Generation:
-    """Results of all prompts, the same on every rank; counts are summed over ranks, seconds are this rank's."""
+    """Results of all prompts, the same on every rank; counts are summed over ranks, seconds are this rank's.
+
+    prefill_s is until the first tokens are there, decode_s from then on, the drafting for the second ones included.
+    """
 
     outputs: list[Output]
     drafted: int
@@ -115,6 +118,7 @@ class _Generator:
         pages = sum(-(-(a.prompt_length + max_new_tokens + max(1, draft_tokens)) // PAGE_SIZE) for a in self.active)
         self.cache = PagedCache(model.cache_layers, model.cache_width, max(pages, 1), PAGE_SIZE, dtype, device)
         self.drafted = self.accepted = 0
+        self.sampled_at = 0.0  # when the last step had its tokens, before it drafted the next ones
 
     def room(self, prompt_length: int) -> int:
         """Tokens to generate: what was asked, as far as the context goes, the token behind its last one included."""
@@ -137,6 +141,7 @@ class _Generator:
             new = self._accept(a, logits_RV[row : row + count], on_token)
             row += count
             kept.append(len(ids) if not span.decode else new)
+        self.sampled_at = time.perf_counter()
         if self.draft_tokens:
             self._draft(live, batch, hidden_TD, kept, decode)
         for a, count in zip(live, kept, strict=True):
@@ -270,7 +275,7 @@ def generate(
     )
     began = time.perf_counter()
     run.step(on_token)
-    prefilled = time.perf_counter()
+    prefilled = run.sampled_at
     while run.unfinished():
         run.step(on_token)
     decoded = time.perf_counter()

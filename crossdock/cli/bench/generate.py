@@ -2,7 +2,8 @@
 
 Each run is a process of its own (generate_worker.py) with the same number of threads; contenders take turns, and the
 median of each figure counts. `crossdock` drafts where the checkpoint has an MTP layer, as `crossdock generate` does;
-`crossdock_plain` does not.
+`crossdock_plain` does not. "decode" continues the prompt that `generate` has by default, "long_decode" the one that was
+prefilled: how much drafting gains depends on the text.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import typer
 
 from crossdock.cli.bench.report import AsJson, Dtype, Plot, check_plot, deliver
 from crossdock.cli.launch import RANK_THREADS
-from crossdock.cli.request import example_directory, read_config_json
+from crossdock.cli.request import EXAMPLE_PROMPT, example_directory, read_config_json
 from crossdock.errors import ConfigError, CrossdockError
 
 
@@ -26,7 +27,7 @@ def generate(
     checkpoint: Annotated[
         Path | None, typer.Argument(help="Hugging Face directory; the bundled example by default.")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefilled prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 128,
     dtype: Annotated[Dtype | None, typer.Option(help="What both compute in; the checkpoint's own by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process; as generate by default.")] = None,
@@ -49,6 +50,7 @@ def generate(
         "dtype": dtype.value if dtype else _own_dtype(config),
         "threads": threads or RANK_THREADS,
         "prompt": _prompt(directory, config["vocab_size"], prompt_tokens),
+        "short_prompt": _short_prompt(directory, config["vocab_size"]),
         "new_tokens": new_tokens,
     }
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
@@ -77,6 +79,16 @@ def _prompt(directory: Path, vocab_size: int, tokens: int) -> list[int]:
     return ids[:tokens] if len(ids) >= tokens else arbitrary
 
 
+def _short_prompt(directory: Path, vocab_size: int) -> list[int]:
+    """What `generate` continues by default."""
+    if not (directory / "tokenizer.json").is_file():
+        return _prompt(directory, vocab_size, 7)
+    from tokenizers import Tokenizer
+
+    ids: list[int] = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(EXAMPLE_PROMPT).ids
+    return ids
+
+
 def _has_transformers() -> bool:
     from importlib.util import find_spec
 
@@ -100,7 +112,8 @@ def _result(figures: dict[str, dict[str, float]], job: dict[str, Any], prompt_to
     cases = []
     ours = figures["crossdock"]
     peers = {name: other for name, other in figures.items() if name != "crossdock"}
-    for case, tokens in (("prefill", prompt_tokens), ("decode", job["new_tokens"])):
+    new_tokens = job["new_tokens"]
+    for case, tokens in (("prefill", prompt_tokens), ("decode", new_tokens), ("long_decode", new_tokens)):
         seconds = {name: other[f"{case}_s"] for name, other in figures.items()}
         cases.append(
             {

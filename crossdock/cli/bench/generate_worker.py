@@ -1,6 +1,7 @@
 """One contender of `bench generate` in a process of its own: a JSON job on stdin, one JSON line of figures on stdout.
 
-prefill_s is until the first token; decode_s is for `new_tokens` tokens after it, batch 1; both after a warm-up.
+prefill_s is until the first token after `prompt`, and long_decode_s for `new_tokens` tokens after that; decode_s for as
+many after `short_prompt`; batch 1, all after a warm-up.
 peak_rss_bytes is the process's peak after loading, before anything runs; idle_rss_bytes is its peak before loading.
 """
 
@@ -21,7 +22,7 @@ def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _crossdock(job: dict[str, Any], dtype: torch.dtype, plain: bool) -> Callable[[], Figures]:
+def _crossdock(job: dict[str, Any], dtype: torch.dtype, plain: bool) -> Callable[[list[int]], Figures]:
     from crossdock.comm import LocalTransport
     from crossdock.models.generate import DRAFT_TOKENS, generate
     from crossdock.models.registry import load_model
@@ -30,15 +31,15 @@ def _crossdock(job: dict[str, Any], dtype: torch.dtype, plain: bool) -> Callable
     model: Any = load_model(job["directory"], transport, dtype=dtype).model
     drafts = DRAFT_TOKENS if model.has_mtp and not plain else 0
 
-    def run() -> Figures:
+    def run(prompt: list[int]) -> Figures:
         count = job["new_tokens"] + 1
-        done = generate(model, [job["prompt"]], transport, max_new_tokens=count, draft_tokens=drafts, dtype=dtype)
+        done = generate(model, [prompt], transport, max_new_tokens=count, draft_tokens=drafts, dtype=dtype)
         return done.prefill_s, done.decode_s
 
     return run
 
 
-def _transformers(job: dict[str, Any], dtype: torch.dtype) -> Callable[[], Figures]:
+def _transformers(job: dict[str, Any], dtype: torch.dtype) -> Callable[[list[int]], Figures]:
     import transformers as installed
 
     transformers: Any = installed
@@ -48,9 +49,9 @@ def _transformers(job: dict[str, Any], dtype: torch.dtype) -> Callable[[], Figur
     if getattr(config, "quantization_config", None):
         options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(job["directory"], dtype=dtype, **options).eval()
-    ids = torch.tensor([job["prompt"]])
 
-    def timed(count: int) -> float:
+    def timed(prompt: list[int], count: int) -> float:
+        ids = torch.tensor([prompt])
         began = time.perf_counter()
         with torch.no_grad():
             out = model.generate(
@@ -64,9 +65,9 @@ def _transformers(job: dict[str, Any], dtype: torch.dtype) -> Callable[[], Figur
         assert out.shape[1] == ids.shape[1] + count
         return time.perf_counter() - began
 
-    def run() -> Figures:
-        prefill_s = timed(1)
-        return prefill_s, timed(job["new_tokens"] + 1) - prefill_s
+    def run(prompt: list[int]) -> Figures:
+        prefill_s = timed(prompt, 1)
+        return prefill_s, timed(prompt, job["new_tokens"] + 1) - prefill_s
 
     return run
 
@@ -82,10 +83,12 @@ def main() -> None:
     else:
         run = _crossdock(job, dtype, plain=job["contender"] == "crossdock_plain")
     load_s, peak = time.perf_counter() - began, _peak_rss()
-    run()
-    prefill_s, decode_s = (min(figure) for figure in zip(run(), run(), strict=True))
+    prompt, short = job["prompt"], job["short_prompt"]
+    run(prompt)
+    prefill_s, long_decode_s = (min(figure) for figure in zip(run(prompt), run(prompt), strict=True))
+    _, decode_s = (min(figure) for figure in zip(run(short), run(short), strict=True))
     figures = {"load_s": load_s, "idle_rss_bytes": idle, "peak_rss_bytes": peak}
-    print(json.dumps(figures | {"prefill_s": prefill_s, "decode_s": decode_s}))
+    print(json.dumps(figures | {"prefill_s": prefill_s, "decode_s": decode_s, "long_decode_s": long_decode_s}))
 
 
 if __name__ == "__main__":
