@@ -256,23 +256,14 @@ def generate(
     """Generates after each prompt; every rank calls this with the same prompts, rank r works on prompts r, r + W, ...
 
     A sequence ends at a stop id, after max_new_tokens, or where the model's context does. Up to `draft_tokens` are
-    drafted by the MTP layer and verified together in each step; 0 decodes plainly. `dtype` is the cache's.
-    `on_token(prompt, token)` is called on the rank that owns the prompt. Raises ConfigError for a prompt that is empty,
-    longer than the context or holds an id outside the vocabulary, for max_new_tokens below 1, and for drafts
-    of a model without an MTP layer, CrossdockError for logits that are not finite.
+    drafted by the MTP layer and verified together in each step. `dtype` is the cache's. `on_token(prompt, token)` is
+    called on the rank that owns the prompt. Raises ConfigError for a prompt that is empty, longer than the context or
+    holds an id outside the vocabulary, for max_new_tokens below 1, and for drafts of a model without an MTP layer,
+    CrossdockError for logits that are not finite.
     """
     _check(model, prompts, max_new_tokens, draft_tokens)
-    run = _Generator(
-        model,
-        prompts,
-        transport,
-        sampling or Sampling(),
-        max_new_tokens,
-        stop_ids,
-        draft_tokens,
-        dtype,
-        torch.device(device),
-    )
+    sampling, device = sampling or Sampling(), torch.device(device)
+    run = _Generator(model, prompts, transport, sampling, max_new_tokens, stop_ids, draft_tokens, dtype, device)
     began = time.perf_counter()
     run.step(on_token)
     prefilled = run.sampled_at
