@@ -15,10 +15,11 @@ from torch import Tensor
 from crossdock._audit_spec import KernelSpec
 from crossdock._triton import interpreting, tl, triton
 from crossdock.gemm.configs import Problem
+from crossdock.gemm.grouped_fp8_swiglu_kernel import epilogue_options
 from crossdock.gemm.grouped_hopper_kernel import load_rows
 from crossdock.gemm.hopper_launch import hopper_spec, operands, tile_of
 from crossdock.gemm.persistent_map import programs, scan_groups, tile_at
-from crossdock.gemm.quantize_kernel import BLOCK, E4M3_MAX, MIN_SCALE, quantize_strips
+from crossdock.gemm.quantize_kernel import BLOCK, quantize_strips
 from crossdock.gemm.swiglu_kernel import silu_times
 from crossdock.gemm.tile_map import map_options, source_rows, swizzle, tile_bound
 
@@ -123,23 +124,11 @@ def grouped_swiglu_fp8_hopper(
         scale_TB.stride(0),
         scale_TB.stride(1),
         EVEN_K=hidden % tile.block_k == 0,
-        **_epilogue(out_dtype, pow2, interpreting()),
+        **epilogue_options(out_dtype, pow2, interpreting()),
         **map_options(groups, row_ids_R),
         **tile.launch(),
     )
     return q_RF, scale_RB
-
-
-def _epilogue(out_dtype: torch.dtype, pow2: bool, pre_round: bool) -> dict[str, object]:
-    """The compile-time arguments of what follows the products."""
-    between = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[out_dtype]
-    return {
-        "BETWEEN": between,
-        "E4M3_MAX": E4M3_MAX,
-        "MIN_SCALE": MIN_SCALE,
-        "POW2": pow2,
-        "PRE_ROUND": pre_round,
-    }
 
 
 def _audit(problem: Problem, layout: str = "ragged") -> KernelSpec:
@@ -151,7 +140,7 @@ def _audit(problem: Problem, layout: str = "ragged") -> KernelSpec:
         "fp8e4nv",
         pointers | {"q_ptr": "*fp8e4nv", "out_scale_ptr": "*fp32"},
         ("L", "F", "D", "stride_r", "stride_sr", "stride_sk"),
-        _epilogue(torch.bfloat16, False, False),
+        epilogue_options(torch.bfloat16, False, False),
         layout,
     )
 

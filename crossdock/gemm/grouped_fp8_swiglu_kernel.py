@@ -165,14 +165,14 @@ def grouped_swiglu_fp8_triton(
         *strides,
         ALIGNED=is_aligned(q_TD, *strides) and is_aligned(wq_L2FD),
         EVEN_K=hidden % BLOCK == 0,
-        **_epilogue(out_dtype, pow2, interpreting()),
+        **epilogue_options(out_dtype, pow2, interpreting()),
         **map_options(groups, row_ids_R),
         **tile.launch(),
     )
     return q_RF, scale_RB
 
 
-def _epilogue(out_dtype: torch.dtype, pow2: bool, pre_round: bool) -> dict[str, object]:
+def epilogue_options(out_dtype: torch.dtype, pow2: bool, pre_round: bool) -> dict[str, object]:
     """The compile-time arguments of what follows the products."""
     between = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[out_dtype]
     return {
@@ -193,7 +193,7 @@ def _audit(problem: Problem, layout: str = "ragged", pow2: bool = False) -> Kern
         problem,
         pointers,
         ("tiles_m", "L", "F", "D", "stride_r", "stride_l", "stride_w"),
-        {"ALIGNED": True, "EVEN_K": problem.inner % BLOCK == 0} | _epilogue(torch.bfloat16, pow2, False),
+        {"ALIGNED": True, "EVEN_K": problem.inner % BLOCK == 0} | epilogue_options(torch.bfloat16, pow2, False),
         layout,
     )
 

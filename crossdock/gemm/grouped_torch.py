@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossdock.gemm.tile_map import spans
 from crossdock.linear import ROW_QUANTUM
 
 FEW_ROWS, SMALL_WEIGHT = 16, 1 << 17  # below both, copying weights costs less than a call a group (bfloat16)
@@ -58,10 +59,10 @@ def _product(rows_RA: Tensor, weights_LAB: Tensor, ends_L: Tensor) -> Tensor:
     takes_grouped_mm = rows_RA.dtype == torch.bfloat16 and all(map(_is_aligned, (rows_RA, weights_LAB)))
     if takes_grouped_mm and rows_RA.device.type != "cpu" and rows_RA.shape[0]:
         return F.grouped_mm(rows_RA, weights_LAB, offs=ends_L)
-    spans = row_spans(ends_L)
-    if takes_grouped_mm and ends_L.shape[0] <= MAX_GROUPS_PER_FILLED * len(spans):
+    filled = list(spans(ends_L))
+    if takes_grouped_mm and ends_L.shape[0] <= MAX_GROUPS_PER_FILLED * len(filled):
         return F.grouped_mm(rows_RA, weights_LAB, offs=ends_L)
-    return _loop(rows_RA, weights_LAB, spans)
+    return _loop(rows_RA, weights_LAB, filled)
 
 
 def _one_batch(rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def _one_batch(rows_RK: Tensor, weights_LNK: Tensor, ends_L: Tensor) -> Tensor:
     return torch.bmm(rows_RK.unsqueeze(1), weights_RNK.transpose(1, 2)).squeeze(1)
 
 
-def _loop(rows_RA: Tensor, weights_LAB: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
+def _loop(rows_RA: Tensor, weights_LAB: Tensor, filled: list[tuple[int, int, int]]) -> Tensor:
     """One product a group, over whole quanta of rows where the BLAS makes a row's bits depend on their number.
 
     A quantum of 4, groups of 2, 5 and 1 rows; each line is one product, later ones overwrite:
@@ -87,7 +88,7 @@ def _loop(rows_RA: Tensor, weights_LAB: Tensor, spans: list[tuple[int, int, int]
         rows_RA = F.pad(rows_RA, (0, -inner % quantum))
         weights_LAB = F.pad(weights_LAB.transpose(1, 2), (0, -inner % quantum)).transpose(1, 2)
     source_RA, base = rows_RA, 0
-    for group, start, end in spans:
+    for group, start, end in filled:
         rows = -(-(end - start) // quantum) * quantum
         if start + rows > count and base == 0 and source_RA is rows_RA:
             source_RA, base = F.pad(rows_RA[start:], (0, 0, 0, quantum - 1)), start
@@ -95,16 +96,6 @@ def _loop(rows_RA: Tensor, weights_LAB: Tensor, spans: list[tuple[int, int, int]
             source_RA.narrow(0, start - base, rows), weights_LAB.select(0, group), out=out_RB.narrow(0, start, rows)
         )
     return out_RB[:count]
-
-
-def row_spans(ends_L: Tensor) -> list[tuple[int, int, int]]:
-    """(group, first row, end row) of every group that has rows."""
-    found, start = [], 0
-    for group, end in enumerate(ends_L.tolist()):
-        if end > start:
-            found.append((group, start, end))
-        start = end
-    return found
 
 
 def _is_aligned(tensor: Tensor) -> bool:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossdock.gemm.grouped_torch import SMALL_WEIGHT, row_spans
+from crossdock.gemm.grouped_torch import SMALL_WEIGHT
+from crossdock.gemm.tile_map import spans
 from crossdock.linear import can_pack, linear, pack
 
 FEWEST_ROWS = 4  # of one product
@@ -39,10 +40,10 @@ def packed_matmul(rows_RK: Tensor, weights: PackedWeights, ends_L: Tensor) -> Te
     A group of fewer than 4 rows reads on into the next group's: 4 rows keep more loads of the weight in flight, and
     take a tenth to a fifth less time than 1 or 2 where it comes from memory.
     """
-    spans = row_spans(ends_L)
-    if spans[-1][2] - spans[-1][1] < FEWEST_ROWS:
+    filled = list(spans(ends_L))
+    if filled[-1][2] - filled[-1][1] < FEWEST_ROWS:
         rows_RK = F.pad(rows_RK, (0, 0, 0, FEWEST_ROWS - 1))
     out = []
-    for group, start, end in spans:
+    for group, start, end in filled:
         out.append(linear(rows_RK[start : max(end, start + FEWEST_ROWS)], weights[group])[: end - start])
     return torch.cat(out)

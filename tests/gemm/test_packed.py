@@ -1,9 +1,12 @@
 """Packed weights: the bits of the unpacked product, and when packing is chosen."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from crossdock import LocalWorld, MoEConfig, MoELayer
+from crossdock import LocalWorld, MoEConfig, MoELayer, load_model
+from crossdock.cli.request import example_directory
 from crossdock.comm import LocalTransport
 from crossdock.gemm import packed
 from crossdock.gemm.grouped_torch import grouped_matmul
@@ -111,3 +114,10 @@ def test_a_packed_dense_product_has_the_same_bits(columns: int, inner: int) -> N
 def test_other_weights_are_not_packed() -> None:
     for w_NK in (torch.zeros(8, 16, dtype=torch.bfloat16), torch.zeros(512, 512)):
         assert pack(w_NK) is w_NK
+
+
+@needs_onednn
+def test_a_loaded_model_is_packed_but_for_what_others_read() -> None:
+    model: Any = load_model(example_directory(), LocalTransport(), dtype=torch.bfloat16).model
+    assert model.lm_head.weight.is_mkldnn and model.layers[0].mlp.down.is_mkldnn
+    assert not model.layers[0].self_attn.kv_b_proj.weight.is_mkldnn  # absorbed attention takes it apart
