@@ -8,7 +8,7 @@ from crossdock.comm.transport import Pending, Transport
 from crossdock.errors import ConfigError
 from crossdock.parallel import EPGroup
 
-TRANSPORTS = ("local", "torch")
+TRANSPORTS = ("local", "torch", "mpi", "symmetric")
 
 
 def make_transport(group: EPGroup, name: str = "auto") -> Transport:
@@ -20,6 +20,14 @@ def make_transport(group: EPGroup, name: str = "auto") -> Transport:
         name = "local" if group.world_size == 1 else "torch"
     if name == "torch":
         return TorchTransport(group)
+    if name == "mpi":
+        from crossdock.comm.mpi import MpiTransport  # needs mpi4py, which is an extra
+
+        return MpiTransport(group)
+    if name == "symmetric":
+        from crossdock.comm.symmetric import SymmetricTransport
+
+        return SymmetricTransport(group)
     if name != "local":
         raise ConfigError(f"transport must be 'auto' or one of {TRANSPORTS}, found {name!r}")
     if group.world_size > 1:

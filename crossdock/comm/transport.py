@@ -3,11 +3,14 @@
 Legend: W ranks, S rows sent, R rows received, D row width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
+
+from crossdock.errors import ConfigError
+from crossdock.parallel import Topology
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
@@ -55,6 +58,23 @@ class Transport(Protocol):
     def world_size(self) -> int: ...
     @property
     def timeout_s(self) -> float: ...
+    @property
+    def topology(self) -> Topology:
+        """Which of these ranks share a node."""
+        ...
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The number each rank has in the world, which is what errors call it; 0..W-1 where this is the world."""
+        ...
+
+    def split(self, parts: Sequence[Sequence[int]]) -> "Transport":
+        """The transport of the part that holds this rank; in it ranks are numbered anew, in ascending order.
+
+        A collective; `parts`, the same on every rank, divide the ranks: each stands in exactly one, ascending. Raises
+        ConfigError where they do not. The parts' collectives are independent of one another and of this transport's.
+        """
+        ...
 
     def register(self) -> int:
         """A number for a user of this transport, in the order of the calls: 0, 1, ..."""
@@ -72,3 +92,17 @@ class Transport(Protocol):
         Any dtype: rows travel as bytes. recv_counts[r] is what rank r sends here.
         """
         ...
+
+
+def check_parts(parts: Sequence[Sequence[int]], world_size: int) -> None:
+    """Raises ConfigError unless each rank stands in exactly one part."""
+    found = sorted(rank for part in parts for rank in part)
+    if found != list(range(world_size)):
+        raise ConfigError(
+            f"parts must hold each of the ranks 0..{world_size - 1} once, found {[list(p) for p in parts]}"
+        )
+
+
+def part_topology(topology: Topology, part: Sequence[int]) -> Topology:
+    """The nodes of a part's ranks, numbered anew in their order."""
+    return Topology.from_names(tuple(topology.node_of_rank[rank] for rank in part))

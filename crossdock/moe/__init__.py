@@ -1,6 +1,6 @@
 """The MoE layer: routing, exchange and grouped GEMMs composed."""
 
-from crossdock.moe.config import MoEConfig
+from crossdock.moe.config import ExchangeConfig, MoEConfig
 from crossdock.moe.experts import Experts, Fp8Experts, Fp8RowExperts, PackedExperts, make_experts
 from crossdock.moe.gradients import sum_replicated_gradients
 from crossdock.moe.layer import MoELayer
@@ -8,6 +8,7 @@ from crossdock.moe.mlp import GatedMLP, SwigluMLP
 from crossdock.moe.reference import moe_ref
 
 __all__ = [
+    "ExchangeConfig",
     "Experts",
     "Fp8Experts",
     "Fp8RowExperts",

@@ -59,6 +59,47 @@ class MoEConfig:
             raise ConfigError("shared_gate is set but shared_size is 0")
 
 
+@dataclass(frozen=True)
+class ExchangeConfig:
+    """How an MoE layer's rows travel. The defaults give the same bits for any number of ranks.
+
+    hierarchy     "flat": a row for each (token, expert). "node": a token crosses to a node once, its results are summed
+                  there, and one row returns: fewer bytes between nodes, and bits that depend on which ranks share one
+    wire          "native": rows travel in the layer's dtype. "fp8": dispatched rows travel as e4m3 with a scale for
+                  each 128 values; the same bits as native for experts held in fp8_block, which quantise so anyhow
+    mode          "throughput": exact sizes, counts are exchanged first. "latency": bounded buffers, no host
+                  synchronisation, for decoding (needs the symmetric transport)
+    max_tokens    latency mode: most tokens of one rank in one call
+    capacity      latency mode: rows one rank can send to another in one call; 0: as many as can occur
+    on_overflow   latency mode, where capacity is too small: "raise" CapacityOverflow, or "grow" and go again
+    chunks        parts a layer's tokens are worked on in, one travelling while another computes; 0: by a cost model
+    """
+
+    hierarchy: Literal["flat", "node"] = "flat"
+    wire: Literal["native", "fp8"] = "native"
+    mode: Literal["throughput", "latency"] = "throughput"
+    max_tokens: int = 128
+    capacity: int = 0
+    on_overflow: Literal["raise", "grow"] = "raise"
+    chunks: int = 1
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
+        _check_integer("max_tokens", self.max_tokens, 1)
+        _check_integer("capacity", self.capacity, 0)
+        _check_integer("chunks", self.chunks, 0)
+
+
+_CHOICES = {
+    "hierarchy": ("flat", "node"),
+    "wire": ("native", "fp8"),
+    "mode": ("throughput", "latency"),
+    "on_overflow": ("raise", "grow"),
+}
+
+
 def _check_integer(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or value < least:
         raise ConfigError(f"MoEConfig.{name} must be an integer of at least {least}, found {value!r}")

@@ -176,3 +176,26 @@ def test_a_process_that_stalls_is_named_within_the_timeout() -> None:
     with Ranks(2, timeout_s=2) as ranks, pytest.raises(RankError) as caught:
         ranks.run(exchange_or_stay_away, 1, 5.0)
     assert caught.value.kinds in ({0: "RankFailure"}, {0: "CommTimeout"})
+
+
+@pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0], [1, 2, 3]]])
+def test_parts_exchange_by_themselves(parts: list[list[int]], ranks_of_four: Ranks) -> None:
+    for found in (LocalWorld(4).run(lambda transport: split_and_gather(transport, parts)),
+                  ranks_of_four.run(split_over_gloo, parts)):  # fmt: skip
+        for rank, (place, gathered, members) in enumerate(found):
+            part = next(part for part in parts if rank in part)
+            assert (place, gathered, members) == (part.index(rank), [[r] for r in part], tuple(part))
+
+
+def split_and_gather(transport: Transport, parts: list[list[int]]) -> tuple[int, list[list[int]], tuple[int, ...]]:
+    part = transport.split(parts)
+    return part.rank, part.all_gather([transport.rank], "parts"), part.members
+
+
+def split_over_gloo(group: EPGroup, parts: list[list[int]]) -> tuple[int, list[list[int]], tuple[int, ...]]:
+    return split_and_gather(make_transport(group), parts)
+
+
+def test_a_split_that_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"each of the ranks 0\.\.1 once, ascending, found \[\[0\], \[0, 1\]\]"):
+        LocalWorld(2).run(lambda transport: transport.split([[0], [0, 1]]))
