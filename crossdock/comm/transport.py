@@ -95,12 +95,11 @@ class Transport(Protocol):
 
 
 def check_parts(parts: Sequence[Sequence[int]], world_size: int) -> None:
-    """Raises ConfigError unless each rank stands in exactly one part."""
-    found = sorted(rank for part in parts for rank in part)
-    if found != list(range(world_size)):
-        raise ConfigError(
-            f"parts must hold each of the ranks 0..{world_size - 1} once, found {[list(p) for p in parts]}"
-        )
+    """Raises ConfigError unless each rank stands in exactly one part, and each part is ascending."""
+    listed = [list(part) for part in parts]
+    found = sorted(rank for part in listed for rank in part)
+    if found != list(range(world_size)) or any(part != sorted(part) for part in listed):
+        raise ConfigError(f"parts must hold each of the ranks 0..{world_size - 1} once, ascending, found {listed}")
 
 
 def part_topology(topology: Topology, part: Sequence[int]) -> Topology:
