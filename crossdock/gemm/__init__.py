@@ -1,5 +1,6 @@
 """Quantisation, grouped products and SwiGLU: everything an expert computes; knows no ranks."""
 
+from crossdock.gemm.dense import dense_gemm, dense_swiglu
 from crossdock.gemm.grouped import grouped_gemm, grouped_gemm_masked, grouped_swiglu
 from crossdock.gemm.grouped_fp8 import (
     grouped_gemm_fp8,
@@ -7,7 +8,7 @@ from crossdock.gemm.grouped_fp8 import (
     grouped_gemm_fp8_rowwise,
     grouped_swiglu_fp8,
 )
-from crossdock.gemm.linear_fp8 import linear_fp8
+from crossdock.gemm.linear_fp8 import Codes, Rows, dense_swiglu_fp8, linear_fp8
 from crossdock.gemm.quant import (
     BLOCK,
     E4M3_MAX,
@@ -25,8 +26,13 @@ from crossdock.gemm.swiglu import swiglu, swiglu_quantize
 __all__ = [
     "BLOCK",
     "E4M3_MAX",
+    "Codes",
     "QuantSpec",
     "QuantizedNorm",
+    "Rows",
+    "dense_gemm",
+    "dense_swiglu",
+    "dense_swiglu_fp8",
     "dequantize_blocks",
     "dequantize_rows",
     "dequantize_whole_rows",

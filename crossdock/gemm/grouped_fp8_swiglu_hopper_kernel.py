@@ -30,13 +30,14 @@ def grouped_swiglu_fp8_hopper_kernel(
     weights,  # descriptor of [L * 2F, D] e4m3 in boxes [BLOCK_N, BLOCK_K]
     scale_ptr,  # [T, D / 128] float32, `stride_sr` and `stride_sk` apart
     wscale_ptr,  # [L, 2F / 128, D / 128] float32 contiguous
-    ends_ptr,  # [L] int32
+    ends_ptr,  # [L] int32: ends, or counts where MASKED
     row_ids_ptr,  # [R] int32 or int64, read only where GATHER
     q_ptr,  # [R, F] e4m3 contiguous
     out_scale_ptr,  # [R, F / 128] float32 contiguous
     L,
     F,  # a multiple of 128
     D,
+    slab,
     stride_r,
     stride_sr,
     stride_sk,
@@ -56,7 +57,7 @@ def grouped_swiglu_fp8_hopper_kernel(
 ):
     tiles_n = F // BLOCK_N
     blocks_k = tl.cdiv(D, BLOCK_K)
-    start_L, end_L, through_L = scan_groups(ends_ptr, L, 0, BLOCK_M, L_POW2, MASKED)
+    start_L, end_L, through_L = scan_groups(ends_ptr, L, slab, BLOCK_M, L_POW2, MASKED)
     tiles_m = tl.max(through_L, 0)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
@@ -98,6 +99,7 @@ def grouped_swiglu_fp8_hopper(
     pow2: bool,
     out_dtype: torch.dtype,
     row_ids_R: Tensor | None = None,
+    slab: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`grouped_fp8_swiglu_kernel.grouped_swiglu_fp8_ref` in one launch that never reads `ends_L` on the host."""
     groups, two_f, hidden = wq_L2FD.shape
@@ -107,7 +109,7 @@ def grouped_swiglu_fp8_hopper(
     if q_RF.numel() == 0:
         return q_RF, scale_RB
     tile = tile_of(Problem("fp8_block_swiglu", rows, groups, inner, hidden), q_TD.device, out_bytes=1)
-    tiles = tile_bound(rows, groups, tile.block_m) * (inner // BLOCK)
+    tiles = tile_bound(rows, groups, tile.block_m, slab) * (inner // BLOCK)
     ends_L = ends_L.contiguous()
     grouped_swiglu_fp8_hopper_kernel[(programs(tile, tiles, q_TD.device),)](
         *operands(q_TD, wq_L2FD, tile, row_ids_R is not None),
@@ -120,12 +122,13 @@ def grouped_swiglu_fp8_hopper(
         groups,
         inner,
         hidden,
+        slab,
         q_TD.stride(0),
         scale_TB.stride(0),
         scale_TB.stride(1),
         EVEN_K=hidden % tile.block_k == 0,
         **epilogue_options(out_dtype, pow2, interpreting()),
-        **map_options(groups, row_ids_R),
+        **map_options(groups, row_ids_R, slab),
         **tile.launch(),
     )
     return q_RF, scale_RB
@@ -139,7 +142,7 @@ def _audit(problem: Problem, layout: str = "ragged") -> KernelSpec:
         problem,
         "fp8e4nv",
         pointers | {"q_ptr": "*fp8e4nv", "out_scale_ptr": "*fp32"},
-        ("L", "F", "D", "stride_r", "stride_sr", "stride_sk"),
+        ("L", "F", "D", "slab", "stride_r", "stride_sr", "stride_sk"),
         epilogue_options(torch.bfloat16, False, False),
         layout,
     )
@@ -149,4 +152,5 @@ AUDIT = [
     _audit(Problem("fp8_block_swiglu", 32 * 1024, 32, 2048, 7168)),
     _audit(Problem("fp8_block_swiglu", 32 * 8, 32, 2048, 7168)),
     _audit(Problem("fp8_block_swiglu", 128 * 4, 128, 768, 2048), "gather"),
+    _audit(Problem("fp8_block_swiglu", 8, 1, 2048, 7168), "masked"),
 ]

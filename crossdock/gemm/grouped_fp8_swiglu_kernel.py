@@ -37,9 +37,10 @@ def grouped_swiglu_fp8_ref(
     pow2: bool,
     out_dtype: torch.dtype,
     row_ids_R: Tensor | None = None,
+    slab: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The specification, and the torch backend: product, rounded; SwiGLU -> codes [R, F], scales [R, B]."""
-    gate_up_R2F = grouped_gemm_fp8_ref(q_TD, scale_TB, wq_L2FD, wscale_LBB, ends_L, out_dtype, row_ids_R)
+    gate_up_R2F = grouped_gemm_fp8_ref(q_TD, scale_TB, wq_L2FD, wscale_LBB, ends_L, out_dtype, row_ids_R, slab)
     return swiglu_quantize_ref(gate_up_R2F, pow2)
 
 
@@ -49,7 +50,7 @@ def grouped_swiglu_fp8_kernel(
     scale_ptr,  # [T, D / 128] float32 contiguous
     weights_ptr,  # [L, 2F, D] e4m3, groups `stride_l` apart, rows `stride_w` apart
     wscale_ptr,  # [L, 2F / 128, D / 128] float32 contiguous
-    ends_ptr,  # [L] int32
+    ends_ptr,  # [L] int32: ends, or counts where MASKED
     row_ids_ptr,  # [R] int32 or int64, read only where GATHER
     q_ptr,  # [R, F] e4m3 contiguous
     out_scale_ptr,  # [R, F / 128] float32 contiguous
@@ -57,6 +58,7 @@ def grouped_swiglu_fp8_kernel(
     L,
     F,  # a multiple of 128
     D,
+    slab,
     stride_r,
     stride_l,
     stride_w,
@@ -78,7 +80,7 @@ def grouped_swiglu_fp8_kernel(
     tiles_n = F // BLOCK_N
     blocks_k = tl.cdiv(D, BLOCK_K)
     tile_m, tile_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    group, start, end = find_tile(ends_ptr, tile_m, L, BLOCK_M, L_POW2)
+    group, start, end = find_tile(ends_ptr, tile_m, L, BLOCK_M, L_POW2, slab, MASKED)
     if start >= end:
         return
     row_M = start + tl.arange(0, BLOCK_M)
@@ -134,6 +136,7 @@ def grouped_swiglu_fp8_triton(
     pow2: bool,
     out_dtype: torch.dtype,
     row_ids_R: Tensor | None = None,
+    slab: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`grouped_swiglu_fp8_ref` in one launch that never reads `ends_L` on the host; F must be a multiple of 128."""
     groups, two_f, hidden = wq_L2FD.shape
@@ -146,7 +149,7 @@ def grouped_swiglu_fp8_triton(
     wq_L2FD = wq_L2FD if wq_L2FD.stride(2) == 1 else wq_L2FD.contiguous()
     tile = configs.choose(Problem("fp8_block_swiglu", rows, groups, inner, hidden), q_TD.device)
     assert tile.block_n == tile.block_k == BLOCK
-    tiles_m = tile_bound(rows, groups, tile.block_m)
+    tiles_m = tile_bound(rows, groups, tile.block_m, slab)
     strides = q_TD.stride(0), wq_L2FD.stride(0), wq_L2FD.stride(1)
     ends_L = ends_L.contiguous()
     grouped_swiglu_fp8_kernel[(tiles_m * (inner // BLOCK),)](
@@ -162,11 +165,12 @@ def grouped_swiglu_fp8_triton(
         groups,
         inner,
         hidden,
+        slab,
         *strides,
         ALIGNED=is_aligned(q_TD, *strides) and is_aligned(wq_L2FD),
         EVEN_K=hidden % BLOCK == 0,
         **epilogue_options(out_dtype, pow2, interpreting()),
-        **map_options(groups, row_ids_R),
+        **map_options(groups, row_ids_R, slab),
         **tile.launch(),
     )
     return q_RF, scale_RB
@@ -192,7 +196,7 @@ def _audit(problem: Problem, layout: str = "ragged", pow2: bool = False) -> Kern
         grouped_swiglu_fp8_kernel,
         problem,
         pointers,
-        ("tiles_m", "L", "F", "D", "stride_r", "stride_l", "stride_w"),
+        ("tiles_m", "L", "F", "D", "slab", "stride_r", "stride_l", "stride_w"),
         {"ALIGNED": True, "EVEN_K": problem.inner % BLOCK == 0} | epilogue_options(torch.bfloat16, pow2, False),
         layout,
     )
@@ -201,5 +205,6 @@ def _audit(problem: Problem, layout: str = "ragged", pow2: bool = False) -> Kern
 AUDIT = [
     _audit(Problem("fp8_block_swiglu", 32 * 1024, 32, 2048, 7168)),
     _audit(Problem("fp8_block_swiglu", 128 * 4, 128, 768, 2048), "gather"),
+    _audit(Problem("fp8_block_swiglu", 8, 1, 2048, 7168), "masked"),
     _audit(Problem("fp8_block_swiglu", 128 * 4, 128, 768, 2048), "gather", pow2=True),
 ]

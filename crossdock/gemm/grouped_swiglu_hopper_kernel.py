@@ -25,12 +25,13 @@ from crossdock.gemm.tile_map import map_options, source_rows, swizzle, tile_boun
 def grouped_swiglu_hopper_kernel(
     rows,  # descriptor of [T, D] in boxes [BLOCK_M, BLOCK_K]; where GATHER the address, rows `stride_r` apart
     weights,  # descriptor of [L * 2F, D] in boxes [BLOCK_N, BLOCK_K]
-    ends_ptr,  # [L] int32
+    ends_ptr,  # [L] int32: ends, or counts where MASKED
     row_ids_ptr,  # [R] int32 or int64, read only where GATHER
     out_ptr,  # [R, F] contiguous
     L,
     F,
     D,
+    slab,
     stride_r,
     EVEN_K: tl.constexpr,  # D is a multiple of BLOCK_K
     WIDEN: tl.constexpr,  # the interpreter multiplies bf16's bit patterns, so it gets float32
@@ -43,7 +44,7 @@ def grouped_swiglu_hopper_kernel(
     BLOCK_K: tl.constexpr,
 ):
     tiles_n = tl.cdiv(F, BLOCK_N)
-    start_L, end_L, through_L = scan_groups(ends_ptr, L, 0, BLOCK_M, L_POW2, MASKED)
+    start_L, end_L, through_L = scan_groups(ends_ptr, L, slab, BLOCK_M, L_POW2, MASKED)
     tiles_m = tl.max(through_L, 0)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
@@ -71,7 +72,7 @@ def grouped_swiglu_hopper_kernel(
 
 
 def grouped_swiglu_hopper(
-    rows_TD: Tensor, gate_up_L2FD: Tensor, ends_L: Tensor, row_ids_R: Tensor | None = None
+    rows_TD: Tensor, gate_up_L2FD: Tensor, ends_L: Tensor, row_ids_R: Tensor | None = None, slab: int = 0
 ) -> Tensor:
     """`grouped_swiglu_kernel.grouped_swiglu_ref` in one launch that never reads `ends_L` on the host."""
     groups, two_f, hidden = gate_up_L2FD.shape
@@ -80,7 +81,7 @@ def grouped_swiglu_hopper(
     if out_RF.numel() == 0:
         return out_RF
     tile = tile_of(Problem("bf16_swiglu", rows, groups, inner, hidden), rows_TD.device)
-    tiles = tile_bound(rows, groups, tile.block_m) * -(-inner // tile.block_n)
+    tiles = tile_bound(rows, groups, tile.block_m, slab) * -(-inner // tile.block_n)
     ends_L = ends_L.contiguous()
     grouped_swiglu_hopper_kernel[(programs(tile, tiles, rows_TD.device),)](
         *operands(rows_TD, gate_up_L2FD, tile, row_ids_R is not None),
@@ -90,10 +91,11 @@ def grouped_swiglu_hopper(
         groups,
         inner,
         hidden,
+        slab,
         rows_TD.stride(0),
         EVEN_K=hidden % tile.block_k == 0,
         WIDEN=interpreting() and rows_TD.dtype == torch.bfloat16,
-        **map_options(groups, row_ids_R),
+        **map_options(groups, row_ids_R, slab),
         **tile.launch(),
     )
     return out_RF
@@ -106,7 +108,7 @@ def _audit(problem: Problem, layout: str = "ragged") -> KernelSpec:
         problem,
         "bf16",
         {"ends_ptr": "*i32", "row_ids_ptr": "*i32", "out_ptr": "*bf16"},
-        ("L", "F", "D", "stride_r"),
+        ("L", "F", "D", "slab", "stride_r"),
         {"WIDEN": False},
         layout,
     )
@@ -117,4 +119,6 @@ AUDIT = [
     _audit(Problem("bf16_swiglu", 128 * 128, 128, 768, 2048), "gather"),
     _audit(Problem("bf16_swiglu", 32 * 8, 32, 2048, 7168)),
     _audit(Problem("bf16_swiglu", 128 * 4, 128, 768, 2048), "gather"),
+    _audit(Problem("bf16_swiglu", 8, 1, 2048, 7168), "masked"),
+    _audit(Problem("bf16_swiglu", 4096, 1, 2048, 7168), "masked"),
 ]

@@ -28,23 +28,24 @@ from crossdock.gemm.tile_map import find_tile, map_options, source_rows, swizzle
 
 
 def grouped_swiglu_ref(
-    rows_TD: Tensor, gate_up_L2FD: Tensor, ends_L: Tensor, row_ids_R: Tensor | None = None
+    rows_TD: Tensor, gate_up_L2FD: Tensor, ends_L: Tensor, row_ids_R: Tensor | None = None, slab: int = 0
 ) -> Tensor:
     """The specification: the product with gate_up, rounded, then SwiGLU -> [R, F]."""
-    return swiglu_ref(grouped_gemm_ref(rows_TD, gate_up_L2FD, ends_L, row_ids_R))
+    return swiglu_ref(grouped_gemm_ref(rows_TD, gate_up_L2FD, ends_L, row_ids_R, slab))
 
 
 @triton.jit
 def grouped_swiglu_kernel(
     rows_ptr,  # [T, D], rows `stride_r` apart
     weights_ptr,  # [L, 2F, D], groups `stride_l` apart, rows `stride_w` apart
-    ends_ptr,  # [L] int32
+    ends_ptr,  # [L] int32: ends, or counts where MASKED
     row_ids_ptr,  # [R] int32 or int64, read only where GATHER
     out_ptr,  # [R, F] contiguous
     tiles_m,
     L,
     F,
     D,
+    slab,
     stride_r,
     stride_l,
     stride_w,
@@ -61,7 +62,7 @@ def grouped_swiglu_kernel(
     BLOCK_K: tl.constexpr,
 ):
     tile_m, tile_n = swizzle(tl.program_id(0), tiles_m, tl.cdiv(F, BLOCK_N), GROUP_M)
-    group, start, end = find_tile(ends_ptr, tile_m, L, BLOCK_M, L_POW2)
+    group, start, end = find_tile(ends_ptr, tile_m, L, BLOCK_M, L_POW2, slab, MASKED)
     if start >= end:
         return
     # Columns past the end read the last one again, which costs no mask; they are never stored.
@@ -105,7 +106,7 @@ def grouped_swiglu_kernel(
 
 
 def grouped_swiglu_triton(
-    rows_TD: Tensor, gate_up_L2FD: Tensor, ends_L: Tensor, row_ids_R: Tensor | None = None
+    rows_TD: Tensor, gate_up_L2FD: Tensor, ends_L: Tensor, row_ids_R: Tensor | None = None, slab: int = 0
 ) -> Tensor:
     """`grouped_swiglu_ref` in one launch that never reads `ends_L` on the host; weights have unit stride along D."""
     groups, two_f, hidden = gate_up_L2FD.shape
@@ -116,7 +117,7 @@ def grouped_swiglu_triton(
     rows_TD = rows_TD if rows_TD.stride(1) == 1 else rows_TD.contiguous()
     kind: Kind = "fp32_swiglu" if rows_TD.dtype == torch.float32 else "bf16_swiglu"
     tile = configs.choose(Problem(kind, rows, groups, inner, hidden), rows_TD.device)
-    tiles_m = tile_bound(rows, groups, tile.block_m)
+    tiles_m = tile_bound(rows, groups, tile.block_m, slab)
     strides = rows_TD.stride(0), gate_up_L2FD.stride(0), gate_up_L2FD.stride(1)
     ends_L = ends_L.contiguous()
     grouped_swiglu_kernel[(tiles_m * -(-inner // tile.block_n),)](
@@ -129,12 +130,13 @@ def grouped_swiglu_triton(
         groups,
         inner,
         hidden,
+        slab,
         *strides,
         ALIGNED=is_aligned(rows_TD, *strides) and is_aligned(gate_up_L2FD),
         EVEN_N=inner % tile.block_n == 0,
         EVEN_K=hidden % tile.block_k == 0,
         WIDEN=interpreting() and rows_TD.dtype == torch.bfloat16,
-        **map_options(groups, row_ids_R),
+        **map_options(groups, row_ids_R, slab),
         **tile.launch(),
     )
     return out_RF
@@ -149,7 +151,7 @@ def _audit(problem: Problem, layout: str = "ragged") -> KernelSpec:
         grouped_swiglu_kernel,
         problem,
         {name: f"*{kind}" for name, kind in (pointers | {"out_ptr": element}).items()},
-        ("tiles_m", "L", "F", "D", "stride_r", "stride_l", "stride_w"),
+        ("tiles_m", "L", "F", "D", "slab", "stride_r", "stride_l", "stride_w"),
         {"ALIGNED": True} | even | {"WIDEN": False},
         layout,
     )
@@ -158,5 +160,6 @@ def _audit(problem: Problem, layout: str = "ragged") -> KernelSpec:
 AUDIT = [
     _audit(Problem("bf16_swiglu", 32 * 1024, 32, 2048, 7168)),
     _audit(Problem("bf16_swiglu", 128 * 4, 128, 768, 2048), "gather"),
+    _audit(Problem("bf16_swiglu", 8, 1, 2048, 7168), "masked"),
     _audit(Problem("fp32_swiglu", 128 * 4, 128, 768, 2048), "gather"),
 ]

@@ -1,15 +1,13 @@
-"""`linear_fp8`: a dense product in block FP8, from the pieces of the grouped one: a weight is a group of its own.
+"""The dense products in block FP8, by the grouped kernels as in `dense`: a weight is a group of its own.
+
+    linear_fp8            x @ w^T
+    dense_swiglu_fp8      an MLP's first half, quantised on the way out for the product that follows
 
 Two launches on the triton backend, the rows' quantisation and the product, or the product alone for rows that come as
 codes and scales (of `rms_norm_quantize`, say). A row's bits do not depend on the other rows.
 
-The product is told its number of rows as a slab and not as an end on the device: an end would be one more tensor to
-write for every number of rows, and a launch.
-
-Legend: M rows, N output columns, K inner size, B blocks of 128.
+Legend: M rows, N output columns, K inner size, F inner size of an MLP, B blocks of 128.
 """
-
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,11 +16,15 @@ from crossdock.backend import Backend, resolve_backend
 from crossdock.errors import ConfigError
 from crossdock.gemm.checks import check_rank, check_same_device
 from crossdock.gemm.grouped_fp8_kernel import grouped_gemm_fp8_triton
+from crossdock.gemm.grouped_fp8_swiglu_kernel import grouped_swiglu_fp8_triton
 from crossdock.gemm.hopper import fast_path
 from crossdock.gemm.quant import BLOCK, FLOATS, check_codes, dequantize_blocks, dequantize_rows, quantize_rows
+from crossdock.gemm.swiglu import swiglu_quantize
+from crossdock.gemm.tile_map import all_rows
 from crossdock.linear import linear
 
-Rows = Tensor | tuple[Tensor, Tensor]
+Codes = tuple[Tensor, Tensor]  # of `quantize_rows`
+Rows = Tensor | Codes
 
 
 def linear_fp8_ref(q_MK: Tensor, scale_MB: Tensor, wq_NK: Tensor, wscale_BB: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -57,24 +59,41 @@ def linear_fp8(
     _check(q_MK, scale_MB, wq_NK, wscale_BB, out_dtype)
     if resolve_backend(backend, q_MK.device) == "torch":
         return linear_fp8_ref(q_MK, scale_MB, wq_NK, wscale_BB, out_dtype)
-    w_1NK, wscale_1BB, all_1 = wq_NK[None], wscale_BB[None], _all_rows(q_MK.device)
+    w_1NK, wscale_1BB, all_1 = wq_NK[None], wscale_BB[None], all_rows(q_MK.device)
     product = fast_path("fp8_block", grouped_gemm_fp8_triton, q_MK, w_1NK)
     out_MN: Tensor = product(q_MK, scale_MB, w_1NK, wscale_1BB, all_1, out_dtype, slab=max(q_MK.shape[0], 1))
     return out_MN
 
 
-def _all_rows(device: torch.device) -> Tensor:
-    """A count no slab reaches: all of its rows. Not kept where a graph is captured, as the graph owns its tensors."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _count(device)
-    return _kept_count(device)
+def dense_swiglu_fp8(
+    x_MK: Rows,
+    wq_2FK: Tensor,
+    wscale_BB: Tensor,
+    *,
+    pow2: bool = False,
+    out_dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> Codes:
+    """`swiglu_quantize(linear_fp8(...))` for a weight whose gate rows come first -> (codes [M, F], scales [M, B]).
 
-
-def _count(device: torch.device) -> Tensor:
-    return torch.full((1,), 2**31 - 1, dtype=torch.int32, device=device)
-
-
-_kept_count = lru_cache(_count)
+    Arguments as of `linear_fp8`: `out_dtype` is what gate and up are rounded to before SwiGLU, and `pow2` is for the
+    scales that come out too. One launch behind the rows' quantisation on the triton backend, with the bits of the two;
+    where F is no multiple of 128, and a block of weights spans gate and up, it is the two. Raises ConfigError as
+    `linear_fp8` does, and for an odd number of weights' rows.
+    """
+    if isinstance(x_MK, Tensor):
+        out_dtype = out_dtype or x_MK.dtype
+        x_MK = quantize_rows(x_MK, pow2=pow2, backend=backend)
+    (q_MK, scale_MB), out_dtype = x_MK, out_dtype or torch.bfloat16
+    if resolve_backend(backend, q_MK.device) == "torch" or wq_2FK.shape[0] % (2 * BLOCK):
+        both_M2F = linear_fp8(x_MK, wq_2FK, wscale_BB, out_dtype=out_dtype, backend=backend)
+        return swiglu_quantize(both_M2F, pow2=pow2, backend=backend)
+    _check(q_MK, scale_MB, wq_2FK, wscale_BB, out_dtype)
+    w_12FK, all_1 = wq_2FK[None], all_rows(q_MK.device)
+    product = fast_path("fp8_block_swiglu", grouped_swiglu_fp8_triton, q_MK, w_12FK)
+    slab = max(len(q_MK), 1)
+    codes: Codes = product(q_MK, scale_MB, w_12FK, wscale_BB[None], all_1, pow2, out_dtype, slab=slab)
+    return codes
 
 
 def _check(q_MK: Tensor, scale_MB: Tensor, wq_NK: Tensor, wscale_BB: Tensor, out_dtype: torch.dtype) -> None:

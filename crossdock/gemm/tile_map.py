@@ -22,6 +22,7 @@ Legend: L groups, M rows of a tile, R rows.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,6 +50,23 @@ def map_options(groups: int, row_ids_R: Tensor | None, slab: int = 0) -> dict[st
         "L_POW2": next_power_of_2(groups),
         "GROUP_M": GROUP_M,
     }
+
+
+def all_rows(device: torch.device) -> Tensor:
+    """A count no slab reaches, int32 [1]: all rows of the one group there is, for any number of them.
+
+    Not kept where a graph is captured, as the graph owns its tensors.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _largest(device)
+    return _kept_largest(device)
+
+
+def _largest(device: torch.device) -> Tensor:
+    return torch.full((1,), 2**31 - 1, dtype=torch.int32, device=device)
+
+
+_kept_largest = lru_cache(_largest)
 
 
 def spans(ends_L: Tensor, slab: int = 0) -> Iterator[tuple[int, int, int]]:

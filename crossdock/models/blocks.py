@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossdock.backend import Backend
 from crossdock.errors import ConfigError
+from crossdock.gemm import BLOCK, QuantSpec, Rows, linear_fp8
 from crossdock.linear import linear, pack
 from crossdock.models.fields import Fields
 from crossdock.moe import MoELayer, SwigluMLP
@@ -55,6 +57,61 @@ class Linear(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return linear(x_TD, self.weight, self.bias)
+
+
+class Fp8Linear(nn.Module):
+    """The same with an e4m3 weight in 128x128 blocks, multiplied in FP8 with rows quantised per 1x128.
+
+    For inference only: the weight and its fp32 scales are buffers.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        quant: QuantSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        bias: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.backend: Backend = backend
+        self.dtype, self.quant = dtype, quant
+        self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=torch.float8_e4m3fn, device=device))
+        shape = -(-outputs // BLOCK), -(-inputs // BLOCK)
+        self.register_buffer("scale", torch.ones(shape, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device)) if bias else None
+
+    def forward(self, x: Rows) -> Tensor:
+        """[T, in], or codes and scales of that -> [T, out] in the model's dtype."""
+        y_TD = linear_fp8(
+            x, self.weight, self.scale, pow2=self.quant.pow2_scales, out_dtype=self.dtype, backend=self.backend
+        )
+        return y_TD if self.bias is None else y_TD + self.bias
+
+
+def make_linear(
+    inputs: int,
+    outputs: int,
+    quant: QuantSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    bias: bool = False,
+    backend: Backend = "auto",
+) -> Linear | Fp8Linear:
+    """A projection held as `quant` asks for."""
+    if quant.kind == "fp8_block":
+        return Fp8Linear(inputs, outputs, quant, dtype, device, bias, backend)
+    return Linear(inputs, outputs, dtype, device, bias)
+
+
+def quant_of(projection: nn.Module | None) -> QuantSpec | None:
+    """How a projection may be given its rows quantised, None for not at all."""
+    return projection.quant if isinstance(projection, Fp8Linear) else None
 
 
 def pack_weights(model: nn.Module) -> None:

@@ -14,13 +14,15 @@ builds once, when they are first asked for. They also cut every context into por
 by one program, leaves a GPU idle. How long a token's portions are depends on its own context only, and so do its bits.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from crossdock.errors import CapacityOverflow
+from crossdock.moe.two_batch import Steps, interleave, run
 
 PORTION = 512  # context tokens of a portion, or the multiple of it that gives a token at most MAX_PORTIONS
 MAX_PORTIONS = 32
@@ -81,6 +83,18 @@ class Batch:
     rows_T: Tensor
     spans: tuple[Span, ...]
 
+    def halves(self) -> "tuple[Batch, Batch]":
+        """The first sequences and the others, where about half the tokens end; either may have none."""
+        tokens = len(self.positions_T)
+        count = min(range(len(self.spans) + 1), key=lambda n: abs(2 * self._stop(n) - tokens))
+        cut = self._stop(count)
+        others = tuple(replace(span, start=span.start - cut, stop=span.stop - cut) for span in self.spans[count:])
+        first = Batch(self.positions_T[:cut], self.rows_T[:cut], self.spans[:count])
+        return first, Batch(self.positions_T[cut:], self.rows_T[cut:], others)
+
+    def _stop(self, count: int) -> int:
+        return self.spans[count - 1].stop if count else 0
+
     @cached_property
     def decoding(self) -> Decoding | None:
         """Tables of the spans that decode; None where there are none."""
@@ -110,6 +124,24 @@ def _tables(spans: list[Span], device: torch.device) -> Decoding:
     parts = [part[: len(column)] for part, column in zip(whole, columns, strict=True)]
     parts[-1] = parts[-1].view(len(spans), widest)
     return Decoding(spans[0].page_size, *parts)
+
+
+def in_batches(
+    stages: Callable[[Tensor, Batch, "PagedCache | None"], Steps[Tensor]],
+    ids_T: Tensor,
+    batch: Batch,
+    cache: "PagedCache | None",
+    two: bool,
+) -> Tensor:
+    """What the stages return for the batch, worked on whole or as two halves that overlap (`crossdock.moe.two_batch`).
+
+    Every rank takes part with as many: a half may have no tokens.
+    """
+    if not two:
+        return run(stages(ids_T, batch, cache))
+    halves = batch.halves()
+    ids = torch.split(ids_T, [len(half.positions_T) for half in halves])
+    return torch.cat(interleave([stages(part, half, cache) for part, half in zip(ids, halves, strict=True)]))
 
 
 @dataclass

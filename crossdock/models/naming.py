@@ -14,8 +14,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from crossdock.gemm import BLOCK
+from crossdock.models.blocks import Fp8Linear, Linear
 from crossdock.models.loader import Source, Target
 from crossdock.moe import Fp8Experts, MoELayer, PackedExperts, SwigluMLP
+from crossdock.moe.mlp import Fp8MLP
 
 
 def whole(into: Tensor, *names: str) -> Target:
@@ -23,12 +26,27 @@ def whole(into: Tensor, *names: str) -> Target:
     return Target(into.detach(), tuple(Source(name) for name in names))
 
 
-def swiglu(mlp: SwigluMLP, prefix: str) -> Iterator[Target]:
+ALL = slice(0, None)
+
+
+def projection(part: Linear | Fp8Linear, name: str, rows: slice = ALL) -> Target:
+    """The weight of a projection, or those rows of it, which begin where a block does; in FP8 its scales too."""
+    return _rows(part.weight, part.scale if isinstance(part, Fp8Linear) else None, name, rows)
+
+
+def _rows(weight: Tensor, scale: Tensor | None, name: str, rows: slice = ALL) -> Target:
+    if scale is not None:
+        scale = scale[rows.start // BLOCK : None if rows.stop is None else rows.stop // BLOCK]
+    return Target(weight.detach()[rows], (Source(name),), scale)
+
+
+def swiglu(mlp: SwigluMLP | Fp8MLP, prefix: str) -> Iterator[Target]:
     """gate_proj, up_proj and down_proj of an MLP that is whole on every rank."""
     size_F = mlp.down.shape[1]
-    yield Target(mlp.gate_up.detach()[:size_F], (Source(f"{prefix}gate_proj.weight"),))
-    yield Target(mlp.gate_up.detach()[size_F:], (Source(f"{prefix}up_proj.weight"),))
-    yield Target(mlp.down.detach(), (Source(f"{prefix}down_proj.weight"),))
+    scales = (mlp.gate_up_scale, mlp.down_scale) if isinstance(mlp, Fp8MLP) else (None, None)
+    yield _rows(mlp.gate_up, scales[0], f"{prefix}gate_proj.weight", slice(0, size_F))
+    yield _rows(mlp.gate_up, scales[0], f"{prefix}up_proj.weight", slice(size_F, None))
+    yield _rows(mlp.down, scales[1], f"{prefix}down_proj.weight")
 
 
 def experts(layer: MoELayer, prefix: str) -> Iterator[Target]:

@@ -1,5 +1,8 @@
 """Random-weight checkpoints written by transformers, small enough for a test and odd enough to catch mistakes."""
 
+import itertools
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ DEEPSEEK: dict[str, Any] = {
     "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "max_position_embeddings": 256,
     "eos_token_id": None, "bos_token_id": None,
 }  # fmt: skip
+FP8_SIZES = {"hidden_size": 192, "intermediate_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 128, "v_head_dim": 128,
+             "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32,
         "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0}  # fmt: skip
 QWEN: dict[str, Any] = {
@@ -31,10 +37,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(family: str, seed: int = 0) -> Any:
+def build(family: str, seed: int = 0, **changes: Any) -> Any:
     """The transformers model of a family, float32, weights wide enough that no two logits are close."""
     name, options = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**options)
+    config = getattr(transformers, f"{name}Config")(**(options | changes))
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval().float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -50,9 +56,9 @@ def build(family: str, seed: int = 0) -> Any:
     return model
 
 
-def save(family: str, directory: Path, seed: int = 0) -> Any:
+def save(family: str, directory: Path, seed: int = 0, **changes: Any) -> Any:
     """Writes a checkpoint with save_pretrained; returns the model."""
-    model = build(family, seed)
+    model = build(family, seed, **changes)
     model.save_pretrained(directory)
     return model
 
@@ -64,6 +70,30 @@ def edit(directory: Path, change: dict[str, torch.Tensor | None]) -> None:
     save_file({n: t for n, t in tensors.items() if n not in change or change[n] is not None}, path, {"format": "pt"})
 
 
+def to_fp8(directory: Path, matches: str = r"_proj(_with_mqa)?\.weight$", scale_fmt: str | None = None) -> None:
+    """Rewrites the matrices whose names match as e4m3 in blocks of 128x128 with their scales, as DeepSeek stores them.
+
+    `scale_fmt` "ue8m0" rounds scales up to powers of two and says so.
+    """
+    tensors = load_file(directory / "model.safetensors")
+    for name in [name for name in tensors if re.search(matches, name)]:
+        weight = tensors.pop(name).float()
+        scale = torch.empty(-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
+        codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+        for n, k in itertools.product(range(scale.shape[0]), range(scale.shape[1])):
+            block = slice(128 * n, 128 * n + 128), slice(128 * k, 128 * k + 128)
+            scale[n, k] = weight[block].abs().max() / 448.0
+            if scale_fmt:
+                scale[n, k] = 2.0 ** scale[n, k].log2().ceil()
+            codes[block] = (weight[block] / scale[n, k]).to(torch.float8_e4m3fn)
+        tensors |= {name: codes, f"{name}_scale_inv": scale}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config["quantization_config"] |= {"scale_fmt": scale_fmt} if scale_fmt else {}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
 def add_mtp(directory: Path, predictable: float) -> None:
     """Gives a deepseek_v3 checkpoint an MTP layer, and a next token that depends on the last one but for a remainder.
 
@@ -72,7 +102,7 @@ def add_mtp(directory: Path, predictable: float) -> None:
     tensors = load_file(directory / "model.safetensors")
     generator = torch.Generator().manual_seed(5)
     vocab, size = tensors["model.embed_tokens.weight"].shape
-    last = DEEPSEEK["num_hidden_layers"]
+    last = json.loads((directory / "config.json").read_text())["num_hidden_layers"]
     for name in [n for n in tensors if n.startswith(f"model.layers.{last - 1}.")]:
         copy = tensors[name].roll(1, 0) if tensors[name].dim() > 1 else tensors[name].clone()
         tensors[name.replace(f"layers.{last - 1}.", f"layers.{last}.")] = copy

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from crossdock.models.cache import Decoding, PagedCache, Sequence
-from crossdock.models.deepseek.absorbed_kernel import absorb_queries_triton, expand_values_triton
+from crossdock.models.deepseek.absorbed_kernel import absorb_queries_triton
 from crossdock.models.deepseek.latent_attention_kernel import attend_latents_triton
+from crossdock.models.deepseek.values_kernel import expand_values_triton
 
 SCALE = 0.01
 

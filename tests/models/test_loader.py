@@ -9,12 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crossdock import LocalWorld, load_model
+from crossdock._triton import HAS_TRITON
 from crossdock.comm import LocalTransport
 from crossdock.errors import CheckpointError, ConfigError, CrossdockError
 from crossdock.gemm import QuantSpec
 from crossdock.models import loader
+from crossdock.models.cache import whole_sequences
 from crossdock.models.loader import Checkpoint, Source, Target, load_into
 from crossdock.models.registry import stored_as
+from crossdock.moe import MoELayer
+from crossdock.moe.fused import joined_weights
 from tests.models.checkpoints import edit, save
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -69,6 +73,32 @@ def test_each_rank_reads_its_own_experts_only(checkpoint: Path, monkeypatch: pyt
 
     assert experts_read(1, 0) == set(range(8))
     assert experts_read(4, 0) == {0, 1} and experts_read(4, 3) == {6, 7}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_on_the_triton_backend(family: str, dtype: torch.dtype, tmp_path: Path, device: torch.device) -> None:
+    """The weights are those of the torch backend, the shared expert's too, which share memory with the routed ones'."""
+    save(family, tmp_path)
+    torchs, ours = (
+        load_model(tmp_path, LocalTransport(), dtype=dtype, device=device, backend=backend).model
+        for backend in ("torch", "triton")
+    )
+    layers = [part for part in ours.modules() if isinstance(part, MoELayer)]
+    for layer in layers:
+        joined = joined_weights(layer.experts, layer.shared_experts)
+        assert (joined is not None) == (family == "deepseek_v3")
+    ids_T = torch.tensor([5, 17, 9, 33, 21, 4, 8], device=device)
+    batch = whole_sequences(1, len(ids_T), device)
+    with torch.no_grad():
+        found_TV, expected_TV = (model.logits(model(ids_T, batch, None)) for model in (ours, torchs))
+    if dtype == torch.float32:
+        assert (found_TV - expected_TV).abs().max() < 1e-4 * expected_TV.abs().max()
+        expected = torchs.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
+    else:
+        assert found_TV.isfinite().all()
 
 
 def test_part_of_a_tensor_is_read(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from crossdock import generate, load_model
 from crossdock._triton import interpreting
 from crossdock.cli.bench.launches import record_launches
 from crossdock.comm import LocalTransport
+from crossdock.gemm import QuantSpec
 from crossdock.models.blocks import Rotary
 from crossdock.models.cache import Batch, PagedCache, Sequence
 from crossdock.models.deepseek.config import DeepSeekConfig
@@ -25,8 +26,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 CPU = torch.device("cpu")
 
 
-def config(**changes: Any) -> DeepSeekConfig:
-    return DeepSeekConfig.from_hf(DEEPSEEK | {"model_type": "deepseek_v3"} | changes)
+def config(quant: QuantSpec | None = None, **changes: Any) -> DeepSeekConfig:
+    return DeepSeekConfig.from_hf(DEEPSEEK | {"model_type": "deepseek_v3"} | changes, quant, quant)
 
 
 def layer(kind: type, *args: Any, **options: Any) -> Any:
@@ -99,30 +100,43 @@ def test_generation_by_kernels(tmp_path: Path, device: torch.device) -> None:
     assert tokens[0] == tokens[1]
 
 
+ATTENTION = ["rms_norm_kernel", "product", "prepare_latents_kernel", "product", "absorb_queries_kernel",
+             "attend_latents_kernel", "expand_values_kernel", "product", "rms_norm_kernel"]  # fmt: skip
+CORE = 3  # queries absorbed, latents averaged, values expanded
+ROUTED = ["router_gemm_kernel", "select_kernel", "place_rows_and_tokens_kernel"]
+KINDS = {
+    **dict.fromkeys(("mm", "addmm", "linear", "grouped_gemm_kernel", "grouped_gemm_fp8_kernel"), "product"),
+    **dict.fromkeys(("grouped_swiglu_kernel", "grouped_swiglu_fp8_kernel"), "product and swiglu"),
+}
+FP8 = {"q_lora_rank": 128, "v_head_dim": 128, "moe_intermediate_size": 128, "intermediate_size": 256}
+
+
 @pytest.mark.skipif(not interpreting(), reason="counts what the interpreter is asked to run")
-@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}])
-def test_launches_of_a_decoder_layer(changes: dict[str, Any]) -> None:
-    """However many sequences decode: twelve where the mlp is dense, of which three are the attention itself."""
-    settings = config(**changes)
-    decoder = layer(DecoderLayer, settings, 0, LocalTransport(), torch.bfloat16, CPU, backend="triton")
-    cache = PagedCache(1, 24, 9, 8, torch.bfloat16, CPU)
+@pytest.mark.parametrize("number", [0, 1], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    ("changes", "quant"),
+    [({}, None), ({"q_lora_rank": None}, None), (FP8, QuantSpec("fp8_block"))],
+    ids=["bf16", "no-q-lora", "fp8"],
+)
+def test_launches_of_a_decoder_layer(changes: dict[str, Any], quant: QuantSpec | None, number: int) -> None:
+    """However many sequences decode: outside attention's core twelve with experts, the shared one included, or eight.
+
+    The norm's sum, the norm and what quantises are one launch; so are gate, up, SwiGLU and what quantises.
+    """
+    settings = config(quant=quant, **changes)
+    decoder = layer(DecoderLayer, settings, number, LocalTransport(), torch.bfloat16, CPU, backend="triton")
+    cache = PagedCache(2, 24, 9, 8, torch.bfloat16, CPU)
     sequences = [Sequence(length=length) for length in (11, 3, 20)]
     batch = cache.batch([(sequence, 1 + (number == 1), True) for number, sequence in enumerate(sequences)])
     assert batch.decoding is not None  # built once a step, for all layers
     x_TD, rope = torch.randn(4, 64).bfloat16(), Rotary(settings.rope, CPU)(batch.positions_T)
-    with torch.inference_mode(), record_launches(CPU) as names:
+    with torch.inference_mode():
         decoder(x_TD, x_TD, rope, batch, cache)
-    assert [{"mm": "linear", "addmm": "linear"}.get(name, name) for name in names] == [
-        "rms_norm_kernel",  # and the sum before it
-        "linear",
-        "prepare_latents_kernel",
-        *(["linear"] if settings.q_lora_rank else []),
-        "absorb_queries_kernel",
-        "attend_latents_kernel",
-        "expand_values_kernel",
-        "linear",
-        "rms_norm_kernel",
-        "linear",
-        "swiglu_kernel",
-        "linear",
-    ]
+        with record_launches(CPU) as names:
+            decoder(x_TD, x_TD, rope, batch, cache)
+    mlp = ["product and swiglu", "product"]
+    expected = list(ATTENTION) if settings.q_lora_rank else ATTENTION[:3] + ATTENTION[4:]
+    expected += [*ROUTED, *mlp, "weighted_sum_kernel"] if number else mlp
+    assert [KINDS.get(name, name) for name in names] == expected
+    assert len(names) - CORE <= (12 if number else 8)
+    assert (quant is None) == (not any("fp8" in name for name in names))

@@ -11,18 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from crossdock.backend import Backend
 from crossdock.errors import ConfigError
+from crossdock.gemm import QuantSpec, quantize_rows
 from crossdock.models import cache as cache_module
 from crossdock.models.blocks import rotate_interleaved
 from crossdock.models.cache import MAX_PORTIONS, PORTION, Decoding, Sequence
-from crossdock.models.deepseek.absorbed_kernel import (
-    absorb_queries_ref,
-    absorb_queries_triton,
-    expand_values_ref,
-    expand_values_triton,
-)
+from crossdock.models.deepseek.absorbed_kernel import absorb_queries_ref, absorb_queries_triton
 from crossdock.models.deepseek.latent_attention_kernel import attend_latents_ref, attend_latents_triton
 from crossdock.models.deepseek.mla_kernel import prepare_latents_ref, prepare_latents_triton
+from crossdock.models.deepseek.values_kernel import expand_values_ref, expand_values_triton
 from tests.models.latents import SCALE, Step, decades, tables
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -79,6 +77,31 @@ def test_a_cache_of_another_dtype_is_named() -> None:
     cache = torch.zeros(4, 24, dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match=r"cache must have the dtype of the model, torch.float32, found torch.bf"):
         prepare_latents_triton(a_TX, None, weight_C, tables(1, 4, CPU), torch.tensor([0]), cache, EPS, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "pow2"), [(24, False), (128, True), (200, False), (256, True)])
+@pytest.mark.usefixtures("poison")
+def test_queries_that_leave_quantised(dtype: torch.dtype, rank: int, pow2: bool, device: torch.device) -> None:
+    """Codes and scales of the queries that leave as they are; the cache gets the same either way."""
+    a_TX = decades(5, rank + 24, seed=1, dtype=dtype, device=device)
+    weights = decades(1, rank + 16, seed=2, dtype=dtype, device=device)[0]
+    found, expected = (torch.full((12, 24), math.nan, dtype=dtype, device=device) for _ in range(2))
+    args = a_TX, weights[:rank], weights[rank:], tables(5, 4, device), torch.tensor([6, 0, 11, 3, 8], device=device)
+    quant = QuantSpec("fp8_block", pow2_scales=pow2)
+    q_TQ = prepare_latents_triton(*args, expected, EPS, True)
+    assert isinstance(q_TQ, Tensor)
+    for prepare in (prepare_latents_triton, prepare_latents_ref):
+        (codes_TQ, scale_TB), seen_TQ = prepare(*args, found, EPS, True, quant), q_TQ
+        if prepare is prepare_latents_ref:  # whose norm adds up in another order
+            seen_TQ = prepare(*args, found, EPS, True)  # type: ignore[assignment]
+        assert codes_TQ.dtype == torch.float8_e4m3fn and scale_TB.shape == (5, -(-rank // 128))
+        backend: Backend = "triton" if prepare is prepare_latents_triton else "torch"
+        expected_TQ, expected_TB = quantize_rows(seen_TQ, pow2=pow2, backend=backend)
+        assert torch.equal(codes_TQ.view(torch.uint8), expected_TQ.view(torch.uint8))
+        assert torch.equal(scale_TB, expected_TB)
+        if prepare is prepare_latents_triton:
+            assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,6 +163,31 @@ def test_values_of_several_portions(dtype: torch.dtype, counts: list[int], devic
     assert ((found.double() - expected.double()).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.usefixtures("poison")
+def test_values_that_leave_quantised(dtype: torch.dtype, pow2: bool, device: torch.device) -> None:
+    """Codes and scales of the values that leave as they are, heads of 128."""
+    heads, nope, value, latent, tokens = 3, 4, 128, 40, 5
+    generator = torch.Generator().manual_seed(5)
+    mean_WHC = (torch.randn(7, heads, latent, generator=generator) * 10 ** torch.randn(7, heads, 1)).to(device)
+    lse_WH = torch.randn(7, heads, generator=generator).to(device)
+    weight = decades(heads * (nope + value), latent, seed=1, dtype=dtype, device=device)
+    first = torch.tensor([0, 1, 2, 5, 6, 7], dtype=torch.int32, device=device)
+    order, none = torch.tensor([3, 0, 4, 1, 2], dtype=torch.int32, device=device), first[:0]
+    decoding = Decoding(8, order, first, none, none, none, none, none)
+    plain_TX = torch.full((tokens, heads * value), math.nan, dtype=dtype, device=device)
+    for expand in (expand_values_triton, expand_values_ref):
+        codes_TX = torch.empty(tokens, heads * value, dtype=torch.float8_e4m3fn, device=device)
+        scale_TB = torch.empty(tokens, heads, device=device)
+        expand(mean_WHC, lse_WH, weight, decoding, nope, plain_TX)
+        expand(mean_WHC, lse_WH, weight, decoding, nope, codes_TX, scale_TB, QuantSpec("fp8_block", pow2_scales=pow2))
+        backend: Backend = "triton" if expand is expand_values_triton else "torch"
+        expected_TX, expected_TB = quantize_rows(plain_TX, pow2=pow2, backend=backend)
+        assert torch.equal(codes_TX.view(torch.uint8), expected_TX.view(torch.uint8))
+        assert torch.equal(scale_TB, expected_TB)
+
+
 def test_decoding_against_attention_in_float64(device: torch.device) -> None:
     """The three together against keys and values of every head, expanded."""
     step = Step(CONTEXTS, NEWS, torch.float32, device)
@@ -192,7 +240,7 @@ def test_pages_beyond_int32(device: torch.device) -> None:
     assert torch.equal(far.run(), near.run())
 
 
-@pytest.mark.parametrize("module", ["mla_kernel", "absorbed_kernel", "latent_attention_kernel"])
+@pytest.mark.parametrize("module", ["mla_kernel", "absorbed_kernel", "latent_attention_kernel", "values_kernel"])
 def test_audited_configurations_fit_their_kernels(module: str) -> None:
     specs = importlib.import_module(f"crossdock.models.deepseek.{module}").AUDIT
     assert specs

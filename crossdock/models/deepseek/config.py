@@ -15,7 +15,11 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 
 @dataclass(frozen=True)
 class DeepSeekConfig:
-    """Fields of `config.json` under their own names where they have one."""
+    """Fields of `config.json` under their own names where they have one.
+
+    `dense` says how attention's and dense layers' weights are held and multiplied, as far as they can be: in FP8 by
+    block all but kv_b_proj, which absorbed attention takes apart.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -35,10 +39,16 @@ class DeepSeekConfig:
     rope_interleave: bool
     rope: RopeConfig
     moe: MoEConfig
+    dense: QuantSpec
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any], quant: QuantSpec | None = None) -> "DeepSeekConfig":
-        """Reads a `config.json`. Raises ConfigError naming a field that is missing, wrong or not supported."""
+    def from_hf(
+        cls, config: dict[str, Any], quant: QuantSpec | None = None, dense: QuantSpec | None = None
+    ) -> "DeepSeekConfig":
+        """Reads a `config.json`. `quant` is for experts, `dense` for what is dense; None: as they are.
+
+        Raises ConfigError naming a field that is missing, wrong or not supported.
+        """
         fields = Fields(config)
         fields.choice("model_type", among=MODEL_TYPES)
         fields.choice("hidden_act", among=("silu",), default="silu")
@@ -68,4 +78,5 @@ class DeepSeekConfig:
             rope_interleave=fields.boolean("rope_interleave", True),
             rope=RopeConfig.from_hf(fields, fields.integer("qk_rope_head_dim")),
             moe=moe,
+            dense=dense or QuantSpec(),
         )

@@ -20,9 +20,12 @@ of which three (the last line's first three) are the attention itself.
 
     a_proj -> prepare_latents (norms, RoPE of the key, cache write) -> q_b_proj
            -> absorb_queries (with RoPE) -> attend_latents -> expand_values -> o_proj
+
+In FP8 they are as many: each of the three dense products reads rows that the launch before it has quantised. Only
+kv_b_proj is multiplied out when it is loaded, as its halves are multiplied with float32 sums of their own.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 
 import torch
@@ -31,13 +34,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from crossdock.backend import Backend, resolve_backend
+from crossdock.gemm import BLOCK, QuantSpec, Rows
 from crossdock.linear import ROW_QUANTUM, linear
-from crossdock.models.blocks import Linear, RMSNorm, rotate_halves, rotate_interleaved
+from crossdock.models.blocks import Linear, RMSNorm, make_linear, quant_of, rotate_halves, rotate_interleaved
 from crossdock.models.cache import Batch, PagedCache, Span
-from crossdock.models.deepseek.absorbed_kernel import absorb_queries_triton, expand_values_triton
+from crossdock.models.deepseek.absorbed_kernel import absorb_queries_triton
 from crossdock.models.deepseek.config import DeepSeekConfig
 from crossdock.models.deepseek.latent_attention_kernel import attend_latents_triton
 from crossdock.models.deepseek.mla_kernel import prepare_latents_triton
+from crossdock.models.deepseek.values_kernel import can_quantize_values, expand_values_triton
 
 LATENT_NORM_EPS = 1e-6  # of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps is
 
@@ -69,25 +74,27 @@ class MLA(nn.Module):
         size_D, bias = config.hidden_size, config.attention_bias
         query_size = self.heads * (self.nope + self.rope)
         self.query_rank = config.q_lora_rank or query_size
-        # q_a_proj (or q_proj, where queries are not compressed) above kv_a_proj_with_mqa
-        self.a_proj = Linear(size_D, self.query_rank + self.latent + self.rope, dtype, device, bias)
+        as_asked = partial(make_linear, dtype=dtype, device=device, backend=backend)
+        # q_a_proj (or q_proj, where queries are not compressed) above kv_a_proj_with_mqa, if no block spans both
+        of_rows = config.dense if self.query_rank % BLOCK == 0 else QuantSpec()
+        self.a_proj = as_asked(size_D, self.query_rank + self.latent + self.rope, of_rows, bias=bias)
         self.q_a_layernorm = self.q_b_proj = None
         if config.q_lora_rank is not None:
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, dtype, device)
-            self.q_b_proj = Linear(config.q_lora_rank, query_size, dtype, device)
+            self.q_b_proj = as_asked(config.q_lora_rank, query_size, config.dense)
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS, dtype, device)
         self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value), dtype, device, is_read=True)
-        self.o_proj = Linear(self.heads * self.value, size_D, dtype, device, bias)
+        self.o_proj = as_asked(self.heads * self.value, size_D, config.dense, bias=bias)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: PagedCache | None) -> Tensor:
+    def forward(self, x: Rows, rope: tuple[Tensor, Tensor], batch: Batch, cache: PagedCache | None) -> Tensor:
         """[T, D] -> [T, D]. Writes this step's latents to `cache`; without one, spans are whole sequences."""
-        a_TX = self.a_proj(x_TD)
+        a_TX = self.a_proj(x)
         if cache is not None and self.in_kernels:
             return self._in_kernels(a_TX, rope, batch, cache)
         q_TQ, kv_TC = torch.split(a_TX, [self.query_rank, self.latent + self.rope], dim=-1)
         if self.q_a_layernorm is not None and self.q_b_proj is not None:
             q_TQ = self.q_b_proj(self.q_a_layernorm(q_TQ))
-        q_THQ = q_TQ.view(len(x_TD), self.heads, self.nope + self.rope)
+        q_THQ = q_TQ.view(len(a_TX), self.heads, self.nope + self.rope)
         rotary = torch.cat((q_THQ[..., self.nope :], kv_TC[:, None, self.latent :]), dim=1)
         rotary = self.rotate(rotary, rope)  # H queries and the one key
         q_THQ = torch.cat((q_THQ[..., : self.nope], rotary[:, :-1]), dim=-1)
@@ -100,19 +107,24 @@ class MLA(nn.Module):
         for span in batch.spans:
             q, latent_JC = q_THQ[span.start : span.stop], cache.read(self.layer, span.rows)
             out.append(self._decode(q, latent_JC, span, cache) if span.decode else self._plain(q, latent_JC, span))
-        y_TD = self.o_proj(torch.cat(out) if out else x_TD.new_empty(0, self.heads * self.value))
+        y_TD = self.o_proj(torch.cat(out) if out else a_TX.new_empty(0, self.heads * self.value))
         return y_TD
 
     def _in_kernels(self, a_TX: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: PagedCache) -> Tensor:
         """What follows `a_proj`, by kernels: prompts one by one, all decoded tokens together."""
         rows, w_XC = cache.data[self.layer], self.kv_b_proj.weight
         q_weight = None if self.q_a_layernorm is None else self.q_a_layernorm.weight
-        kv_weight = self.kv_a_layernorm.weight
-        q_TQ = prepare_latents_triton(
-            a_TX, q_weight, kv_weight, rope, batch.rows_T, rows, LATENT_NORM_EPS, self.interleaved
-        )
-        q_TQ = q_TQ if self.q_b_proj is None else self.q_b_proj(q_TQ)
-        out_TX = a_TX.new_empty(len(a_TX), self.heads * self.value)
+        of_step = rope, batch.rows_T, rows, LATENT_NORM_EPS, self.interleaved, quant_of(self.q_b_proj)
+        q = prepare_latents_triton(a_TX, q_weight, self.kv_a_layernorm.weight, *of_step)
+        q_TQ = q if self.q_b_proj is None else self.q_b_proj(q)
+        assert isinstance(q_TQ, Tensor), "codes are for q_b_proj alone"
+        decoding, shape = batch.decoding, (len(a_TX), self.heads * self.value)
+        quant = quant_of(self.o_proj) if can_quantize_values(self.value) else None
+        if quant is None or decoding is None or len(decoding.tokens_N) < len(a_TX):  # o_proj will quantise for itself
+            out_TX, scale_TB = a_TX.new_empty(shape), None
+        else:
+            out_TX = torch.empty(shape, dtype=torch.float8_e4m3fn, device=a_TX.device)
+            scale_TB = torch.empty(len(a_TX), self.heads, dtype=torch.float32, device=a_TX.device)
         for span in batch.spans:
             if not span.decode:
                 of_span = slice(span.start, span.stop)
@@ -120,12 +132,12 @@ class MLA(nn.Module):
                 rotary = self.rotate(q_THQ[..., self.nope :], (rope[0][of_span], rope[1][of_span]))
                 q_THQ = torch.cat((q_THQ[..., : self.nope], rotary), dim=-1)
                 out_TX[of_span] = self._plain(q_THQ, cache.read(self.layer, span.rows), span)
-        decoding = batch.decoding
         if decoding is not None:
             q_NHX = absorb_queries_triton(q_TQ, w_XC, rope, decoding, self.heads, self.interleaved)
             mean_WHC, lse_WH = attend_latents_triton(q_NHX, rows, decoding, self.latent, self.scale)
-            expand_values_triton(mean_WHC, lse_WH, w_XC, decoding, self.nope, out_TX)
-        y_TD: Tensor = self.o_proj(out_TX)
+            scaled = () if scale_TB is None else (scale_TB, quant)
+            expand_values_triton(mean_WHC, lse_WH, w_XC, decoding, self.nope, out_TX, *scaled)
+        y_TD: Tensor = self.o_proj(out_TX if scale_TB is None else (out_TX, scale_TB))
         return y_TD
 
     def _expand(self, latent_JC: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from crossdock.models.deepseek.mla import MLA
 from crossdock.models.deepseek.model import DecoderLayer, DeepSeekModel, MTPLayer
 from crossdock.models.loader import Target
-from crossdock.models.naming import experts, swiglu, whole
+from crossdock.models.naming import experts, projection, swiglu, whole
 from crossdock.moe import MoELayer
 
 
@@ -43,14 +43,18 @@ def _decoder(layer: DecoderLayer, prefix: str) -> Iterator[Target]:
 def _attention(mla: MLA, prefix: str) -> Iterator[Target]:
     rank = mla.query_rank
     compressed = mla.q_b_proj is not None
-    yield whole(mla.a_proj.weight[:rank], f"{prefix}{'q_a_proj' if compressed else 'q_proj'}.weight")
-    yield whole(mla.a_proj.weight[rank:], f"{prefix}kv_a_proj_with_mqa.weight")
+    yield projection(mla.a_proj, f"{prefix}{'q_a_proj' if compressed else 'q_proj'}.weight", slice(0, rank))
+    yield projection(mla.a_proj, f"{prefix}kv_a_proj_with_mqa.weight", slice(rank, None))
     if mla.a_proj.bias is not None:
         if compressed:  # q_proj never has a bias: its rows stay zero
             yield whole(mla.a_proj.bias[:rank], f"{prefix}q_a_proj.bias")
         yield whole(mla.a_proj.bias[rank:], f"{prefix}kv_a_proj_with_mqa.bias")
+    for name in ("q_b_proj", "kv_b_proj", "o_proj"):
+        part = getattr(mla, name)
+        if part is not None:
+            yield projection(part, f"{prefix}{name}.weight")
     for name, parameter in mla.named_parameters():
-        if not name.startswith("a_proj"):
+        if "layernorm" in name or name == "o_proj.bias":
             yield whole(parameter, f"{prefix}{name}")
 
 

@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossdock.backend import Backend
 from crossdock.comm.transport import Transport
 from crossdock.models.blocks import Linear, RMSNorm, Rotary, rotate_halves
-from crossdock.models.cache import Batch, PagedCache, Span
+from crossdock.models.cache import Batch, PagedCache, Span, in_batches
 from crossdock.models.qwen_moe.config import QwenMoEConfig
-from crossdock.moe import MoELayer, SwigluMLP
+from crossdock.moe import ExchangeConfig, MoELayer, SwigluMLP
+from crossdock.moe.config import FLAT
+from crossdock.moe.two_batch import Steps, run
 
 
 class GQA(nn.Module):
@@ -87,7 +90,14 @@ class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, config: QwenMoEConfig, layer: int, transport: Transport, dtype: torch.dtype, device: torch.device
+        self,
+        config: QwenMoEConfig,
+        layer: int,
+        transport: Transport,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: Backend = "auto",
+        exchange: ExchangeConfig = FLAT,
     ) -> None:
         super().__init__()
         size_D, eps = config.hidden_size, config.rms_norm_eps
@@ -96,14 +106,24 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(size_D, eps, dtype, device)
         self.mlp: SwigluMLP | MoELayer
         if config.moe_layers[layer]:
-            self.mlp = MoELayer(config.moe, transport, dtype=dtype, device=device)
+            self.mlp = MoELayer(config.moe, transport, exchange=exchange, dtype=dtype, device=device, backend=backend)
         else:
-            self.mlp = SwigluMLP(size_D, config.intermediate_size, dtype, device)
+            self.mlp = SwigluMLP(size_D, config.intermediate_size, dtype, device, backend)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: PagedCache | None) -> Tensor:
+        return run(self.stages(x_TD, rope, batch, cache))
+
+    def stages(
+        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: PagedCache | None
+    ) -> Steps[Tensor]:
+        """`forward`, pausing where `MoELayer.stages` does."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, batch, cache)
-        x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-        return x_TD
+        normed_TD = self.post_attention_layernorm(x_TD)
+        if isinstance(self.mlp, MoELayer):
+            y_TD: Tensor = yield from self.mlp.stages(normed_TD)
+        else:
+            y_TD = self.mlp(normed_TD)
+        return x_TD + y_TD
 
 
 class QwenMoEModel(nn.Module):
@@ -116,14 +136,18 @@ class QwenMoEModel(nn.Module):
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        backend: Backend = "auto",
+        exchange: ExchangeConfig = FLAT,
+        two_batch: bool = False,
     ) -> None:
         super().__init__()
         device = torch.device(device)
-        self.config = config
+        self.config, self.two_batch = config, two_batch
         self.embed_tokens = nn.Parameter(torch.zeros(config.vocab_size, config.hidden_size, dtype=dtype, device=device))
         self.rotary = Rotary(config.rope, device)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, transport, dtype, device) for layer in range(config.num_hidden_layers)
+            DecoderLayer(config, layer, transport, dtype, device, backend, exchange)
+            for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype, device)
@@ -155,10 +179,15 @@ class QwenMoEModel(nn.Module):
 
     def forward(self, ids_T: Tensor, batch: Batch, cache: PagedCache | None) -> Tensor:
         """int64 [T] -> hidden states [T, D] after the final norm."""
+        return in_batches(self.stages, ids_T, batch, cache, self.two_batch)
+
+    def stages(self, ids_T: Tensor, batch: Batch, cache: PagedCache | None) -> Steps[Tensor]:
+        """`forward` of one batch, pausing where the layers do."""
         rope = self.rotary(batch.positions_T)
         x_TD: Tensor = F.embedding(ids_T, self.embed_tokens)
         for layer in self.layers:
-            x_TD = layer(x_TD, rope, batch, cache)
+            assert isinstance(layer, DecoderLayer)
+            x_TD = yield from layer.stages(x_TD, rope, batch, cache)
         x_TD = self.norm(x_TD)
         return x_TD
 
