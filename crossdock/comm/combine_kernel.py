@@ -22,30 +22,46 @@ def weighted_sum_ref(rows_SD: Tensor, weights_TK: Tensor | None, position_TK: Te
     """y[t] = sum over k of weights[t, k] * rows[position[t, k]] (+ plus[t]) -> [T, D] in the rows' dtype.
 
     Weights of one where None. A position of S or more is no row: it adds nothing, even where its weight is NaN. Sums
-    are float32, float64 for float64 rows. This is the specification, and the torch backend; on a CPU the terms of a few
-    tokens at a time stay in the cache, which makes 2048 tokens of 8 x 1024 six times as fast.
+    are float32, float64 for float64 rows. This is the specification, and the torch backend: tokens with equally many
+    rows are added up together, so that what is no row costs nothing.
+    """
+    here_TK = position_TK.cpu().numpy() < len(rows_SD)
+    if here_TK.all():
+        y_TD = _sums(rows_SD, weights_TK, position_TK)
+        return y_TD if plus_TD is None else y_TD + plus_TD
+    rows_first_TK = torch.from_numpy((~here_TK).argsort(1, kind="stable")).to(position_TK.device)
+    position_TK = position_TK.gather(1, rows_first_TK)
+    weights_TK = weights_TK if weights_TK is None else weights_TK.gather(1, rows_first_TK)
+    count_T = torch.from_numpy(here_TK.sum(1)).to(position_TK.device)
+    y_TD = rows_SD.new_zeros(len(position_TK), rows_SD.shape[1])
+    for count in range(1, position_TK.shape[1] + 1):
+        token_N = (count_T == count).nonzero().squeeze(1)
+        weights_NC = weights_TK if weights_TK is None else weights_TK[token_N, :count]
+        y_TD.index_copy_(0, token_N, _sums(rows_SD, weights_NC, position_TK[token_N, :count]))
+    return y_TD if plus_TD is None else y_TD + plus_TD
+
+
+def _sums(rows_SD: Tensor, weights_TK: Tensor | None, position_TK: Tensor) -> Tensor:
+    """The same where each position is a row, in the order of k.
+
+    On a CPU the terms of a few tokens at a time stay in the cache, which makes 2048 tokens of 8 x 1024 six times as
+    fast.
     """
     wide = torch.promote_types(rows_SD.dtype, torch.float32)
-    (tokens, top_k), (count, size_D) = position_TK.shape, rows_SD.shape
-    if position_TK.cpu().numpy().max(initial=-1) >= count:
-        weights_TK = weights_TK.masked_fill(position_TK >= count, 0.0) if weights_TK is not None else None
-        rows_SD = torch.cat([rows_SD, rows_SD.new_zeros(1, size_D)])
-        position_TK = position_TK.clamp(max=count)
-    weights_TK1 = weights_TK.to(wide).unsqueeze(-1) if weights_TK is not None else None
+    (tokens, top_k), size_D = position_TK.shape, rows_SD.shape[1]
+    y_TD = rows_SD.new_empty(tokens, size_D)
     portion = tokens if rows_SD.device.type != "cpu" else max(1, CACHED // (top_k * max(1, size_D)))
-    parts = []
-    for first in range(0, max(tokens, 1), max(portion, 1)):
-        of_portion = slice(first, first + portion)
-        terms_SD = rows_SD.index_select(0, position_TK[of_portion].reshape(-1)).to(wide)
-        terms_TKD = terms_SD.view(-1, top_k, size_D) if size_D else terms_SD.view(tokens, top_k, 0)
-        if weights_TK1 is not None:
-            terms_TKD = terms_TKD * weights_TK1[of_portion]
-        y_TD, *others = terms_TKD.unbind(1)
+    for first in range(0, tokens, max(portion, 1)):
+        some = slice(first, first + portion)
+        places_TK = position_TK[some]
+        terms_TKD = rows_SD.index_select(0, places_TK.reshape(-1)).to(wide).view(*places_TK.shape, size_D)
+        if weights_TK is not None:
+            terms_TKD.mul_(weights_TK[some].to(wide).unsqueeze(-1))
+        total_TD, *others = terms_TKD.unbind(1)
         for term_TD in others:
-            y_TD = y_TD + term_TD
-        parts.append(y_TD.to(rows_SD.dtype))
-    y_TD = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return y_TD if plus_TD is None else y_TD + plus_TD
+            total_TD += term_TD
+        y_TD[some] = total_TD
+    return y_TD
 
 
 @triton.jit

@@ -9,43 +9,41 @@ moves bytes, is why the result does not depend on the number of ranks. The backw
 of one, and that of combine is dispatch.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from crossdock.backend import Backend, resolve_backend
-from crossdock.comm.combine_kernel import weighted_sum_ref, weighted_sum_triton
-from crossdock.comm.plan import DispatchPlan, check_slots, complete_plan, plan_on_device, plan_outgoing
+from crossdock.comm.agreement import gather_agreed
+from crossdock.comm.codec import Codec
+from crossdock.comm.combine import need_gradient, weigh
+from crossdock.comm.form import ExchangeForm
+from crossdock.comm.inbound import Inbound, receive
+from crossdock.comm.lane import Lane
+from crossdock.comm.once import is_worth_it, with_once
+from crossdock.comm.plan import (
+    DispatchPlan,
+    Outgoing,
+    Wanted,
+    check_form,
+    check_slots,
+    complete_plan,
+    plan_on_device,
+    plan_once,
+    plan_outgoing,
+)
 from crossdock.comm.transport import Done, Pending, Then, Transport
-from crossdock.errors import ConfigError, PlanMismatch
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HEADER = ("layer", "exchange", "slots", "hidden size", "dtype", "experts per token")
+from crossdock.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Inbound:
-    """Rows received, [R, D]; slot l's are rows ends_L[l - 1] to ends_L[l] (int32 [L]).
-
-    Where row_ids_R (int32) is given, rows_RD are this rank's own tokens, and row r of that order is
-    rows_RD[row_ids_R[r]].
-    """
-
-    rows_RD: Tensor
-    ends_L: Tensor
-    plan: DispatchPlan
-    row_ids_R: Tensor | None = None
-
-
-class Dispatcher:
+class Dispatcher(ExchangeForm):
     """The exchange of one MoE layer: P slots over the transport's ranks, rows of `hidden_size` values of `dtype`.
 
-    All ranks make their dispatchers in the same order and call each one's methods together; those that differ in layer,
-    step, slots, row width, dtype or K are named by PlanMismatch before any row moves. Raises ConfigError where P does
-    not divide over the ranks.
+    With a `codec`, dispatched rows travel encoded. All ranks make their dispatchers in the same order and call each
+    one's methods together; those that differ in layer, step, slots, row width, dtype or K are named by PlanMismatch
+    before any row moves. Raises ConfigError where P does not divide over the ranks.
     """
 
     def __init__(
@@ -55,16 +53,10 @@ class Dispatcher:
         hidden_size: int,
         dtype: torch.dtype,
         backend: Backend = "auto",
+        codec: Codec | None = None,
     ) -> None:
-        if num_slots < 1 or num_slots % transport.world_size:
-            raise ConfigError(f"{num_slots} slots do not divide over {transport.world_size} ranks")
-        if dtype not in DTYPES or hidden_size < 1:
-            found = f"{hidden_size} values of {dtype}"
-            raise ConfigError(f"rows can be at least one value of {', '.join(map(str, DTYPES))}, found {found}")
-        self.transport, self.num_slots, self.hidden_size, self.dtype = transport, num_slots, hidden_size, dtype
-        self.backend: Backend = backend
-        self.layer = transport.register()
-        self.step = 0
+        super().__init__(transport, num_slots, hidden_size, dtype, backend, codec)
+        self.lane = Lane(transport, self.layer, backend)
 
     def plan(self, slot_ids_TK: Tensor, checked: bool = False) -> DispatchPlan:
         """Where each (token, k) goes, from slot ids int64 [T, K] in 0..P-1 or -1 for no expert; T may differ by rank.
@@ -73,51 +65,71 @@ class Dispatcher:
         not wait for it, and an id out of range is no expert, unless `checked`. Otherwise ConfigError is raised for one.
         Raises PlanMismatch where ranks are not in the same exchange.
         """
-        if slot_ids_TK.dim() != 2 or slot_ids_TK.dtype != torch.int64 or slot_ids_TK.shape[1] < 1:
-            found = f"{slot_ids_TK.dtype} {tuple(slot_ids_TK.shape)}"
-            raise ConfigError(f"slot_ids must be int64 [T, K] with K at least 1, found {found}")
-        transport = self.transport
-        if transport.world_size == 1 and not torch.is_grad_enabled() and self._on_triton(slot_ids_TK):
+        return self.plans([slot_ids_TK], checked)[0]
+
+    def plans(self, parts: Sequence[Tensor], checked: bool = False) -> list[DispatchPlan]:
+        """`plan` of several exchanges, equally many on all ranks, with one gather of counts."""
+        if self.transport.world_size == 1:
+            return [self._plan_alone(slot_ids_TK, checked) for slot_ids_TK in parts]
+        for slot_ids_TK in parts:
+            check_form(slot_ids_TK)
+        outgoing = [plan_outgoing(slot_ids_TK, self.num_slots) for slot_ids_TK in parts]
+        wanted = [plan_once(going, self.transport.world_size) for going in outgoing]
+        step, phase = self.step + 1, self.lane.phase("plan", self.step + 1)
+        self.step += len(parts)
+        header = self.header(parts[0].shape[1], len(parts))
+        if step == 1:  # slots may differ only before the first plan, and so may the length of what is gathered
+            gather_agreed(self.transport, header, [], phase)
+        rank = self.transport.rank
+        counts = [
+            [*going.counts_P, *want.counts_W, int(want.saved_W.sum() - want.saved_W[rank])]
+            for going, want in zip(outgoing, wanted, strict=True)
+        ]
+        gathered = gather_agreed(self.transport, header, list(chain.from_iterable(counts)), phase)
+        length = len(counts[0])
+        pending = []
+        for number, (going, want) in enumerate(zip(outgoing, wanted, strict=True)):
+            of_part = [values[number * length : (number + 1) * length] for values in gathered]
+            pending.append(self._complete(going, want, of_part, step + number))
+        return [plan.wait() for plan in pending]
+
+    def _plan_alone(self, slot_ids_TK: Tensor, checked: bool) -> DispatchPlan:
+        check_form(slot_ids_TK)
+        self.step += 1
+        if not torch.is_grad_enabled() and resolve_backend(self.backend, slot_ids_TK.device) == "triton":
             if checked:
                 check_slots(slot_ids_TK, self.num_slots)
-            self.step += 1
-            return plan_on_device(slot_ids_TK, self.num_slots, self.step)
+            return plan_on_device(slot_ids_TK, self.num_slots, self.step, self.sender)
         outgoing = plan_outgoing(slot_ids_TK, self.num_slots)
-        self.step += 1
-        if transport.world_size == 1:
-            return complete_plan(outgoing, [outgoing.counts_P], 0, self.step)
-        header = [
-            self.layer,
-            self.step,
-            self.num_slots,
-            self.hidden_size,
-            DTYPES.index(self.dtype),
-            slot_ids_TK.shape[1],
-        ]
-        if self.step == 1:  # slots may differ only before the first plan, and so may the length of what is gathered
-            self._agree(transport.all_gather(header, self._phase("plan")))
-        gathered = transport.all_gather(header + outgoing.counts_P, self._phase("plan"))
-        self._agree([values[: len(HEADER)] for values in gathered])
-        return complete_plan(outgoing, [values[len(HEADER) :] for values in gathered], transport.rank, self.step)
+        return complete_plan(outgoing, [outgoing.counts_P], 0, self.step, self.sender)
 
-    def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> Inbound:
+    def _complete(
+        self, outgoing: Outgoing, wanted: Wanted, gathered: list[list[int]], step: int
+    ) -> Pending[DispatchPlan]:
+        """One exchange's plan, from its counts of every rank."""
+        rank, slots = self.transport.rank, self.num_slots
+        plan = complete_plan(outgoing, [values[:slots] for values in gathered], rank, step, self.sender)
+        if not is_worth_it(sum(values[-1] for values in gathered), self.transport.world_size, self.row_bytes):
+            return Done(plan)
+        return with_once(plan, wanted, [values[slots + rank] for values in gathered], self.lane)
+
+    def dispatch(self, x_TD: Tensor, plan: DispatchPlan, weights_TK: Tensor | None = None) -> Inbound:
         """Sends x[t] to each slot chosen for t. Differentiable. Raises ConfigError for another shape or dtype."""
-        return self.dispatch_async(x_TD, plan).wait()
+        return self.dispatch_async(x_TD, plan, weights_TK).wait()
 
-    def dispatch_async(self, x_TD: Tensor, plan: DispatchPlan) -> Pending[Inbound]:
-        """The same, started: other work can run before `wait`."""
-        tokens, top_k = plan.outgoing.position_TK.shape
-        self._check("x_TD", x_TD, tokens)
-        self._check_device_plan(plan, _need_gradient(x_TD))
+    def dispatch_async(self, x_TD: Tensor, plan: DispatchPlan, weights_TK: Tensor | None = None) -> Pending[Inbound]:
+        """The same, started: other work can run before `wait`. Weights have no use here, only where sums are remote."""
+        self.check_rows("x_TD", x_TD, len(plan.outgoing.position_TK))
+        wanted = need_gradient(x_TD)
+        _check_device_plan(plan, wanted)
+        wire_TX = self.encoded(x_TD)
         if plan.token_R is not None:
-            return Done(Inbound(x_TD, plan.ends_L, plan, plan.token_R))
-        rows_SD = x_TD.detach().index_select(0, plan.outgoing.order_S.div(top_k, rounding_mode="floor"))
-        arriving = self._send(rows_SD, plan, "dispatch")
-        if not _need_gradient(x_TD):
-            if isinstance(arriving, Done):
-                return Done(Inbound(arriving.value, plan.ends_L, plan))
-            return Then(lambda: Inbound(arriving.wait(), plan.ends_L, plan))
-        return Then(lambda: Inbound(_Dispatched.apply(x_TD, self, plan, arriving), plan.ends_L, plan))  # type: ignore[no-untyped-call]
+            inbound = Inbound(wire_TX, plan.ends_L, plan, plan.token_R, self.codec, self.dtype)
+            return Done(inbound.decoded() if self.codec is not None and self.codec.decode_on_arrival else inbound)
+        arriving = self.lane.tokens(wire_TX, plan)
+        if isinstance(arriving, Done) and not wanted:
+            return Done(receive(x_TD, arriving, self.lane, plan, self.codec))
+        return Then(lambda: receive(x_TD, arriving, self.lane, plan, self.codec))
 
     def combine(self, out_RD: Tensor, weights_TK: Tensor, inbound: Inbound, plus_TD: Tensor | None = None) -> Tensor:
         """y[t] = sum over k of weights[t, k] * (the result of t's k-th slot) (+ plus[t]) -> [T, D] in out's dtype.
@@ -132,127 +144,17 @@ class Dispatcher:
     ) -> Pending[Tensor]:
         """The same, started: other work can run before `wait`."""
         plan = inbound.plan
-        self._check("out_RD", out_RD, sum(plan.recv_counts))
-        if weights_TK.shape != plan.outgoing.position_TK.shape:
-            expected = tuple(plan.outgoing.position_TK.shape)
-            raise ConfigError(f"weights_TK must have shape {expected}, found {tuple(weights_TK.shape)}")
-        if plus_TD is not None:
-            self._check("plus_TD", plus_TD, len(weights_TK))
-        for name, tensor in (("weights_TK", weights_TK), ("plus_TD", plus_TD)):
-            if tensor is not None and tensor.device != out_RD.device:
-                raise ConfigError(f"{name} is on {tensor.device}, but out_RD is on {out_RD.device}")
-        if not weights_TK.dtype.is_floating_point:
-            raise ConfigError(f"weights_TK must be of a floating dtype, found {weights_TK.dtype}")
-        wanted = _need_gradient(out_RD, weights_TK, plus_TD)
-        self._check_device_plan(plan, wanted)
-        returning = self._return(out_RD.detach(), plan, "combine")
-        if wanted:
-
-            def combined() -> Tensor:
-                y_TD: Tensor = _Combined.apply(out_RD, weights_TK, self, plan, returning)  # type: ignore[no-untyped-call]
-                return y_TD if plus_TD is None else y_TD + plus_TD
-
-            return Then(combined)
+        if not isinstance(plan, DispatchPlan):
+            raise ConfigError("combine must get what this form of the exchange dispatched, found rows of another form")
+        expected = tuple(plan.outgoing.position_TK.shape)
+        self.check_combine(out_RD, sum(plan.recv_counts), weights_TK, expected, plus_TD)
+        _check_device_plan(plan, need_gradient(out_RD, weights_TK, plus_TD))
+        returning = self.lane.back(out_RD, plan, weights_TK)
         if isinstance(returning, Done):
-            return Done(self._sum(returning.value, weights_TK, plan, plus_TD))
-        return Then(lambda: self._sum(returning.wait(), weights_TK, plan, plus_TD))
-
-    def _sum(
-        self, back_SD: Tensor, weights_TK: Tensor | None, plan: DispatchPlan, plus_TD: Tensor | None = None
-    ) -> Tensor:
-        """Rows in send order -> [T, D]: K products a token (weights of one where None), added in order of k."""
-        on_triton = back_SD.dtype != torch.float64 and self._on_triton(back_SD)
-        weighted_sum = weighted_sum_triton if on_triton else weighted_sum_ref
-        return weighted_sum(back_SD, weights_TK, plan.outgoing.position_TK, plus_TD)
-
-    def _on_triton(self, tensor: Tensor) -> bool:
-        return resolve_backend(self.backend, tensor.device) == "triton"
-
-    def _send(self, rows_SD: Tensor, plan: DispatchPlan, phase: str) -> Pending[Tensor]:
-        """Rows in send order -> rows by slot on the ranks that hold them."""
-        if self.transport.world_size == 1:
-            return Done(rows_SD)
-        arriving = self.transport.all_to_all_rows(rows_SD, plan.send_counts, plan.recv_counts, self._phase(phase))
-        assert plan.arrange_R is not None
-        arrange_R = plan.arrange_R
-        return Then(lambda: arriving.wait().index_select(0, arrange_R))
-
-    def _return(self, out_RD: Tensor, plan: DispatchPlan, phase: str) -> Pending[Tensor]:
-        """Rows by slot -> rows in send order on the ranks they came from."""
-        if plan.restore_R is None:
-            return Done(out_RD)
-        rows_RD = out_RD.index_select(0, plan.restore_R)
-        return self.transport.all_to_all_rows(rows_RD, plan.recv_counts, plan.send_counts, self._phase(phase))
-
-    def _check_device_plan(self, plan: DispatchPlan, wanted: bool) -> None:
-        if wanted and plan.token_R is not None:
-            raise ConfigError("the plan was made without gradients, but one is wanted: make it where they are enabled")
-
-    def _phase(self, phase: str) -> str:
-        return f"{phase} of exchange {self.step} in MoE layer {self.layer}"
-
-    def _check(self, name: str, rows: Tensor, count: int) -> None:
-        if rows.shape != (count, self.hidden_size) or rows.dtype != self.dtype:
-            found = f"{rows.dtype} {list(rows.shape)}"
-            raise ConfigError(f"{name} must be {self.dtype} {[count, self.hidden_size]}, found {found}")
-
-    def _agree(self, headers: list[list[int]]) -> None:
-        own = headers[self.transport.rank]
-        for rank, header in enumerate(headers):
-            for name, theirs, mine in zip(HEADER, header, own, strict=True):
-                if theirs != mine:
-                    where = f"rank {self.transport.rank}: {self._phase('plan')}"
-                    found, expected = _shown(name, theirs), _shown(name, mine)
-                    raise PlanMismatch(f"{where}: {name} is {found} on rank {rank}, expected {expected} as here")
+            return Done(weigh(returning.value, weights_TK, plan.outgoing, plus_TD, self.backend))
+        return Then(lambda: weigh(returning.wait(), weights_TK, plan.outgoing, plus_TD, self.backend))
 
 
-def _need_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _shown(name: str, value: int) -> str:
-    return str(DTYPES[value]) if name == "dtype" and value in range(len(DTYPES)) else str(value)
-
-
-class _Dispatched(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, dispatcher: Dispatcher, plan: DispatchPlan, arriving: Pending[Tensor]
-    ) -> Tensor:
-        ctx.dispatcher, ctx.plan = dispatcher, plan
-        return arriving.wait()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, drows_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        back_SD = ctx.dispatcher._return(drows_RD, ctx.plan, "backward of dispatch").wait()
-        return ctx.dispatcher._sum(back_SD, None, ctx.plan), None, None, None
-
-
-class _Combined(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        out_RD: Tensor,
-        weights_TK: Tensor,
-        dispatcher: Dispatcher,
-        plan: DispatchPlan,
-        returning: Pending[Tensor],
-    ) -> Tensor:
-        back_SD = returning.wait()
-        ctx.save_for_backward(back_SD, weights_TK)
-        ctx.dispatcher, ctx.plan = dispatcher, plan
-        return dispatcher._sum(back_SD, weights_TK, plan)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        back_SD, weights_TK = ctx.saved_tensors
-        order_S = ctx.plan.outgoing.order_S
-        wide = torch.promote_types(back_SD.dtype, torch.float32)
-        dy_SD = dy_TD.index_select(0, order_S.div(weights_TK.shape[1], rounding_mode="floor")).to(wide)
-        weights_S = weights_TK.reshape(-1).index_select(0, order_S).to(wide)
-        sending = ctx.dispatcher._send((dy_SD * weights_S[:, None]).to(back_SD.dtype), ctx.plan, "backward of combine")
-        dweights_S = (dy_SD * back_SD.to(wide)).sum(-1).to(weights_TK.dtype)
-        dweights_TK = torch.zeros_like(weights_TK).reshape(-1).index_copy_(0, order_S, dweights_S)
-        return sending.wait(), dweights_TK.view(weights_TK.shape), None, None, None
+def _check_device_plan(plan: DispatchPlan, wanted: bool) -> None:
+    if wanted and plan.token_R is not None:
+        raise ConfigError("the plan was made without gradients, but one is wanted: make it where they are enabled")

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from crossdock.comm.transport import Done, Pending, Then, check_parts, part_topology
-from crossdock.errors import CommTimeout, ConfigError, PlanMismatch, RankFailure
+from crossdock.errors import ConfigError, RankFailure
 from crossdock.parallel import Topology
+from crossdock.parallel.standing import Failure, Lost, Place, Standing, Turn, Wait, blame
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ class LocalTransport:
     def __init__(self, timeout_s: float = 300.0) -> None:
         self.timeout_s = timeout_s
         self._users = 0
+        self._failure: Failure | None = None
 
     def split(self, parts: Sequence[Sequence[int]]) -> "LocalTransport":
         check_parts(parts, 1)
@@ -40,13 +42,26 @@ class LocalTransport:
         self._users += 1
         return self._users - 1
 
+    def abort(self, why: str) -> None:
+        self._failure = self._failure or _abortion(0, why)
+
     def all_gather(self, values: list[int], phase: str) -> list[list[int]]:
+        self._check(phase)
         return [values]
 
     def all_to_all_rows(
         self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
     ) -> Pending[Tensor]:
+        self._check(phase)
         return Done(rows_SD)
+
+    def _check(self, phase: str) -> None:
+        if self._failure is not None:
+            raise self._failure.error(0, phase)
+
+
+def _abortion(rank: int, why: str) -> Failure:
+    return Failure("abort", (rank,), f"rank {rank} gave up: {why}", rank)
 
 
 @dataclass(frozen=True)
@@ -62,73 +77,86 @@ class _Posted:
 
 
 @dataclass
+class _World:
+    """What all virtual ranks know of one another, whatever parts they are in: as `crossdock.parallel.watch`."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    standings: dict[int, Standing] = field(default_factory=dict)
+    lost: dict[int, Lost] = field(default_factory=dict)
+    failure: Failure | None = None
+
+    def fail(self, failure: Failure) -> Failure:
+        """Makes `failure` the world's, unless it has one; returns the one that is."""
+        with self.changed:
+            self.failure = self.failure or failure
+            self.changed.notify_all()
+            return self.failure
+
+    def leave(self, rank: int, why: str, in_order: bool) -> None:
+        with self.changed:
+            self.lost[rank] = Lost(why, self.standings.get(rank, {}) if in_order else None)
+            self.changed.notify_all()
+
+
+@dataclass
 class _Board:
     """Where virtual ranks leave what others read: what W ranks brought to each collective, in call order.
 
     `members` are the ranks' numbers in the world, `parts` the boards of those that split off, by turn and part.
     """
 
+    world: _World
+    name: str
     members: tuple[int, ...]
     topology: Topology
     timeout_s: float
-    changed: threading.Condition = field(default_factory=threading.Condition)
     payloads: dict[int, dict[int, _Posted]] = field(default_factory=dict)
     readers: dict[int, int] = field(default_factory=dict)
-    gone: dict[int, str] = field(default_factory=dict)
     parts: dict[tuple[int, tuple[int, ...]], "_Board"] = field(default_factory=dict)
-
-    @property
-    def world_size(self) -> int:
-        return len(self.members)
 
     def part(self, turn: int, ranks: tuple[int, ...]) -> "_Board":
         """The board of `ranks`, who split off together at `turn`; made by the first of them."""
-        with self.changed:
+        with self.world.changed:
             if (turn, ranks) not in self.parts:
                 members = tuple(self.members[rank] for rank in ranks)
-                board = _Board(members, part_topology(self.topology, ranks), self.timeout_s)
-                board.gone = {ranks.index(rank): why for rank, why in self.gone.items() if rank in ranks}
-                self.parts[turn, ranks] = board
+                name, topology = f"{self.name}, {ranks} of {turn}", part_topology(self.topology, ranks)
+                self.parts[turn, ranks] = _Board(self.world, name, members, topology, self.timeout_s)
             return self.parts[turn, ranks]
 
     def post(self, turn: int, rank: int, posted: _Posted) -> None:
-        with self.changed:
+        with self.world.changed:
             self.payloads.setdefault(turn, {})[rank] = posted
-            self.changed.notify_all()
+            self.world.changed.notify_all()
 
-    def read(self, turn: int, rank: int, phase: str) -> list[Any]:
+    def read(self, turn: Turn, rank: int) -> list[Any]:
         """All W payloads of a collective, when they are there."""
-        where = f"rank {self.members[rank]}: {phase}"
-        with self.changed:
-            posted = self.payloads.setdefault(turn, {})
-            arrived = self.changed.wait_for(
-                lambda: len(posted) == self.world_size or self._lost(posted), self.timeout_s
+        world_size, world = len(self.members), self.world
+        with world.changed:
+            posted = self.payloads.setdefault(turn.number, {})
+            world.changed.wait_for(
+                lambda: len(posted) == world_size or world.failure or self._missed(posted), self.timeout_s
             )
-            missing = [r for r in range(self.world_size) if r not in posted]
-            if missing and not arrived:
-                late = [self.members[r] for r in missing]
-                raise CommTimeout(f"{where}: ranks {late} did not arrive within {self.timeout_s:g} s")
-            if missing:
-                lost = self._lost(posted)[0]
-                raise RankFailure(f"{where}: rank {self.members[lost]} is gone: {self.gone[lost]}")
-            self.readers[turn] = self.readers.get(turn, 0) + 1
-            if self.readers[turn] == self.world_size:
-                del self.payloads[turn], self.readers[turn]
-        for r in range(self.world_size):
+            if len(posted) < world_size:
+                wait = Wait(self.members[rank], self.name, turn, time.monotonic() - turn.began, self.timeout_s)
+                failure = world.failure or world.fail(blame(wait, world.standings, world.lost))
+                raise failure.error(self.members[rank], turn.phase)
+            self.readers[turn.number] = self.readers.get(turn.number, 0) + 1
+            if self.readers[turn.number] == world_size:
+                del self.payloads[turn.number], self.readers[turn.number]
+        for r in range(world_size):
             if not posted[r].meets(posted[rank]):
-                raise PlanMismatch(f"{where}: rank {self.members[r]} is elsewhere: {posted[r].phase}")
-        return [posted[r].payload for r in range(self.world_size)]
+                raise self.differ(turn, rank, r, f"is elsewhere: {posted[r].phase}")
+        return [posted[r].payload for r in range(world_size)]
 
-    def leave(self, rank: int, why: str) -> None:
-        with self.changed:
-            self.gone[rank] = why
-            self.changed.notify_all()
-            parts = [(ranks, board) for (_, ranks), board in self.parts.items() if rank in ranks]
-        for ranks, board in parts:
-            board.leave(ranks.index(rank), why)
+    def differ(self, turn: Turn, rank: int, other: int, how: str) -> Exception:
+        """The error of `rank`, and with it the end of the world; that of `other` names `rank`."""
+        text = f"rank {self.members[other]} {how}"
+        failure = Failure("mismatch", (self.members[other],), text, self.members[rank])
+        self.world.fail(failure)
+        return failure.error(self.members[rank], turn.phase)
 
-    def _lost(self, posted: dict[int, Any]) -> list[int]:
-        return [r for r in self.gone if r not in posted]
+    def _missed(self, posted: dict[int, _Posted]) -> bool:
+        return any(self.members[r] in self.world.lost for r in range(len(self.members)) if r not in posted)
 
 
 class VirtualTransport:
@@ -137,41 +165,53 @@ class VirtualTransport:
     name = "local"
 
     def __init__(self, board: _Board, rank: int) -> None:
-        self.rank, self.world_size, self.timeout_s = rank, board.world_size, board.timeout_s
+        self.rank, self.world_size, self.timeout_s = rank, len(board.members), board.timeout_s
         self.topology, self.members = board.topology, board.members
-        self._board, self._turn, self._users = board, 0, 0
+        self._board, self._users = board, 0
+        self._place = Place(board.members)
+        with board.world.changed:
+            board.world.standings.setdefault(self.members[rank], {})[board.name] = self._place
 
     def split(self, parts: Sequence[Sequence[int]]) -> "VirtualTransport":
         check_parts(parts, self.world_size)
-        turn = self._post("split", "split", [list(part) for part in parts])
-        for theirs in self._board.read(turn, self.rank, "split"):
-            if theirs != [list(part) for part in parts]:
-                raise PlanMismatch(f"rank {self.members[self.rank]}: split: parts differ: {theirs}, here {parts}")
+        listed = [list(part) for part in parts]
+        turn = self._post("split", "split", listed)
+        for rank, theirs in enumerate(self._read(turn)):
+            if theirs != listed:
+                raise self._board.differ(turn, self.rank, rank, f"has other parts: {theirs}, expected {listed} as here")
         part = next(tuple(part) for part in parts if self.rank in part)
-        return VirtualTransport(self._board.part(turn, part), part.index(self.rank))
+        return VirtualTransport(self._board.part(turn.number, part), part.index(self.rank))
 
     def register(self) -> int:
         self._users += 1
         return self._users - 1
 
-    def _post(self, kind: str, phase: str, payload: Any) -> int:
-        self._turn += 1
-        self._board.post(self._turn, self.rank, _Posted(kind, phase, payload))
-        return self._turn
+    def abort(self, why: str) -> None:
+        self._board.world.fail(_abortion(self.members[self.rank], why))
+
+    def _post(self, kind: str, phase: str, payload: Any) -> Turn:
+        failure = self._board.world.failure
+        if failure is not None:
+            raise failure.error(self.members[self.rank], phase)
+        turn = self._place.enter(phase)
+        self._board.post(turn.number, self.rank, _Posted(kind, phase, payload))
+        return turn
+
+    def _read(self, turn: Turn) -> list[Any]:
+        self._place.waiting = turn.number
+        try:
+            return self._board.read(turn, self.rank)
+        finally:
+            self._place.waiting = 0
 
     def all_gather(self, values: list[int], phase: str) -> list[list[int]]:
-        turn = self._post("integers", phase, values)
-        return self._board.read(turn, self.rank, phase)
+        return self._read(self._post("integers", phase, values))
 
     def all_to_all_rows(
         self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
     ) -> Pending[Tensor]:
         turn = self._post("rows", phase, torch.split(rows_SD, send_counts))
-
-        def finish() -> Tensor:
-            return torch.cat([pieces[self.rank] for pieces in self._board.read(turn, self.rank, phase)])
-
-        return Then(finish)
+        return Then(lambda: torch.cat([pieces[self.rank] for pieces in self._read(turn)]))
 
 
 class LocalWorld:
@@ -191,21 +231,22 @@ class LocalWorld:
 
     def run(self, fn: Callable[[VirtualTransport], T]) -> list[T]:
         """Calls fn(transport) once for each rank, each in its thread; returns the results by rank."""
-        board = _Board(tuple(range(self.world_size)), self.topology, self.timeout_s)
+        world = _World()
+        board = _Board(world, "world", tuple(range(self.world_size)), self.topology, self.timeout_s)
         results: dict[int, T] = {}
         errors: dict[int, BaseException] = {}
         grad = torch.is_grad_enabled()
 
         def work(rank: int) -> None:
-            why = "it has finished"
+            why, in_order = "it has finished", True
             try:
                 with torch.set_grad_enabled(grad):
                     results[rank] = fn(VirtualTransport(board, rank))
             except BaseException as error:
                 errors[rank] = error
-                why = f"{type(error).__name__}: {error}"
+                why, in_order = f"{type(error).__name__}: {error}", False
             finally:
-                board.leave(rank, why)
+                world.leave(rank, why, in_order)
 
         threads = [
             threading.Thread(target=work, args=(r,), name=f"rank {r}", daemon=True) for r in range(self.world_size)

@@ -1,6 +1,7 @@
 """`DispatchPlan`: where each (token, k) row goes and comes from; a pure function of slot ids and gathered counts.
 
-Legend: T tokens here, K experts per token, P slots, W ranks, L slots a rank, S rows sent, R rows received.
+Legend: T tokens here, K experts per token, P slots, W ranks, L slots a rank, S rows sent, R rows received, U rows sent
+where a token goes to a rank once.
 
 Three tokens, K = 2, W = 2 ranks of L = 2 slots; rank 0 sends its rows in the order of (slot, token, k):
 
@@ -9,17 +10,25 @@ Three tokens, K = 2, W = 2 ranks of L = 2 slots; rank 0 sends its rows in the or
 
 What arrives from each source is in that order too; `arrange_R` makes it (slot, source rank, token, k), so that each
 slot's rows lie together and in an order no timing can change.
+
+A token with several experts on one rank would travel there several times. Where that is much, it goes once, and
+integers say which of the rows arrived stands in each place (`OnceEach`). Results still return one a (token, k): their
+sum in the order of k is the token's own rank's.
 """
 
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from crossdock.comm.explain import Sender, Traffic, hop, plain_hops
 from crossdock.comm.plan_kernel import place_rows_triton
 from crossdock.errors import ConfigError
+
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,20 @@ class Outgoing:
     order_S: Tensor
     position_TK: Tensor
     counts_P: list[int]
+
+
+@dataclass(frozen=True)
+class OnceEach:
+    """A token goes to each rank that wants it once: token_U (int64) is sent, by (rank, token); None: all, to itself.
+
+    send_counts and recv_counts are those rows by rank; row_ids_R (int64) is which of the rows arrived stands in each
+    place of the order by slot.
+    """
+
+    token_U: Tensor | None
+    send_counts: list[int]
+    recv_counts: list[int]
+    row_ids_R: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,24 @@ class DispatchPlan:
     restore_R: Tensor | None
     step: int
     token_R: Tensor | None = None
+    once: OnceEach | None = None
+    sender: Sender | None = None
+
+    def explain(self) -> Traffic:
+        """What this rank sends, before and after; of a plan made on the device, it waits for the device."""
+        sender, send_counts, recv_counts = self.sender, self.send_counts, self.recv_counts
+        if sender is None:
+            raise ConfigError("a dispatcher's plans can be explained, this is a part of one")
+        if self.token_R is not None:
+            send_counts = recv_counts = [int(self.ends_L[-1])]
+        sent = send_counts if self.once is None else self.once.send_counts
+        after = hop("dispatch", sent, sender, sender.row_bytes), hop("combine", recv_counts, sender, sender.back_bytes)
+        return Traffic(plain_hops(sender, send_counts, recv_counts), after)
+
+    @property
+    def order_R(self) -> Tensor | None:
+        """Which of the rows that dispatch brings stands in each place of the order by slot; None: they are in it."""
+        return self.arrange_R if self.once is None else self.once.row_ids_R
 
 
 def check_slots(slot_ids_TK: Tensor, num_slots: int) -> None:
@@ -60,35 +101,46 @@ def check_slots(slot_ids_TK: Tensor, num_slots: int) -> None:
             raise ConfigError(f"slot_ids must be in -1..{num_slots - 1}, found {found}")
 
 
-def plan_outgoing(slot_ids_TK: Tensor, num_slots: int) -> Outgoing:
-    """Orders this rank's rows. Raises ConfigError for an id outside -1..P-1.
+def check_form(slot_ids_TK: Tensor) -> None:
+    """Raises ConfigError for another dtype or number of dimensions."""
+    if slot_ids_TK.dim() != 2 or slot_ids_TK.dtype != torch.int64 or slot_ids_TK.shape[1] < 1:
+        found = f"{slot_ids_TK.dtype} {tuple(slot_ids_TK.shape)}"
+        raise ConfigError(f"slot_ids must be int64 [T, K] with K at least 1, found {found}")
+
+
+def plan_outgoing(slot_ids_TK: Tensor, num_slots: int, device: torch.device | None = None) -> Outgoing:
+    """Orders this rank's rows, on `device` (the ids' own). Raises ConfigError for an id outside -1..P-1.
 
     In numpy: counts have to reach the host anyway, and for the few rows of decoding a numpy call costs a third of a
     torch call.
     """
     flat_N = slot_ids_TK.reshape(-1).cpu().numpy()
     count = len(flat_N)
-    order_N = flat_N.argsort(kind="stable")
-    lowest, highest = (flat_N[order_N[0]], flat_N[order_N[-1]]) if count else (0, 0)
+    lowest, highest = (flat_N.min(), flat_N.max()) if count else (0, 0)
     if lowest < -1 or highest >= num_slots:
         raise ConfigError(f"slot_ids must be in -1..{num_slots - 1}, found {lowest if lowest < -1 else highest}")
+    order_N = (flat_N.astype(np.int16) if num_slots < 1 << 15 else flat_N).argsort(kind="stable")  # 16 bits: by radix
     none, *counts_P = np.bincount(flat_N + 1, minlength=num_slots + 1).tolist()
     position_N = np.empty_like(order_N)
     position_N[order_N[none:]] = np.arange(count - none)
     position_N[order_N[:none]] = count - none
-    device = slot_ids_TK.device
+    device = device or slot_ids_TK.device
     order_S, position_TK = torch.from_numpy(order_N[none:]), torch.from_numpy(position_N).view(slot_ids_TK.shape)
     return Outgoing(order_S.to(device), position_TK.to(device), counts_P)
 
 
-def plan_on_device(slot_ids_TK: Tensor, num_slots: int, step: int) -> DispatchPlan:
+def plan_on_device(slot_ids_TK: Tensor, num_slots: int, step: int, sender: Sender | None = None) -> DispatchPlan:
     """The plan of a rank that holds all slots, in one kernel, int32; ids are not checked: that would wait for it."""
     order_N, token_N, position_TK, ends_P = place_rows_triton(slot_ids_TK, num_slots)
     rows = [slot_ids_TK.numel()]
-    return DispatchPlan(Outgoing(order_N, position_TK, []), rows, rows, ends_P, None, None, step, token_N)
+    return DispatchPlan(
+        Outgoing(order_N, position_TK, []), rows, rows, ends_P, None, None, step, token_N, sender=sender
+    )
 
 
-def complete_plan(outgoing: Outgoing, counts_WP: list[list[int]], rank: int, step: int) -> DispatchPlan:
+def complete_plan(
+    outgoing: Outgoing, counts_WP: list[list[int]], rank: int, step: int, sender: Sender | None = None
+) -> DispatchPlan:
     """What rank `rank` sends and receives, from every rank's count of rows for every slot."""
     world_size, num_slots = len(counts_WP), len(outgoing.counts_P)
     per_rank = num_slots // world_size
@@ -96,24 +148,66 @@ def complete_plan(outgoing: Outgoing, counts_WP: list[list[int]], rank: int, ste
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     if world_size == 1:
         ends_L = torch.tensor(list(accumulate(outgoing.counts_P)), dtype=torch.int32, device=device)
-        rows = [len(outgoing.order_S)]
-        return DispatchPlan(outgoing, rows, rows, ends_L, None, None, step)
+        rows, (tokens, top_k) = [len(outgoing.order_S)], outgoing.position_TK.shape
+        token_S = outgoing.order_S.div(top_k, rounding_mode="floor")
+        once = OnceEach(None, [tokens], [tokens], token_S)
+        return DispatchPlan(outgoing, rows, rows, ends_L, None, None, step, once=once, sender=sender)
     send_counts = [sum(outgoing.counts_P[r * per_rank : (r + 1) * per_rank]) for r in range(world_size)]
-    counts_WL = torch.tensor([counts[mine] for counts in counts_WP]).view(world_size, per_rank)
+    counts_WL = np.array([counts[mine] for counts in counts_WP], dtype=np.int64).reshape(world_size, per_rank)
     recv_counts: list[int] = counts_WL.sum(1).tolist()
-    ends_L = counts_WL.sum(0).cumsum(0).to(torch.int32)
-    arrange_R = _by_slot(counts_WL)
-    restore_R = torch.empty_like(arrange_R).scatter_(0, arrange_R, torch.arange(len(arrange_R)))
-    return DispatchPlan(
-        outgoing, send_counts, recv_counts, ends_L.to(device), arrange_R.to(device), restore_R.to(device), step
-    )
+    ends_L = torch.from_numpy(counts_WL.sum(0).cumsum().astype(np.int32)).to(device)
+    if per_rank == 1:  # by source is by (slot, source)
+        return DispatchPlan(outgoing, send_counts, recv_counts, ends_L, None, None, step, sender=sender)
+    arrange_R = by_slot(counts_WL)
+    restore_R = np.empty_like(arrange_R)
+    restore_R[arrange_R] = np.arange(len(arrange_R))
+    arrange, restore = (torch.from_numpy(index_R).to(device) for index_R in (arrange_R, restore_R))
+    return DispatchPlan(outgoing, send_counts, recv_counts, ends_L, arrange, restore, step, sender=sender)
 
 
-def _by_slot(counts_WL: Tensor) -> Tensor:
+def by_slot(counts_WL: Integers) -> Integers:
     """For rows that lie by (source, slot): the index that reads them by (slot, source)."""
     lengths_WL = counts_WL.reshape(-1)
-    starts_WL = (lengths_WL.cumsum(0) - lengths_WL).view(counts_WL.shape)
-    lengths_LW = counts_WL.t().reshape(-1)
-    begins_LW = lengths_LW.cumsum(0) - lengths_LW
-    shift_LW = starts_WL.t().reshape(-1) - begins_LW
-    return torch.repeat_interleave(shift_LW, lengths_LW) + torch.arange(int(lengths_LW.sum()))
+    starts_WL = (lengths_WL.cumsum() - lengths_WL).reshape(counts_WL.shape)
+    lengths_LW = counts_WL.T.reshape(-1)
+    begins_LW = lengths_LW.cumsum() - lengths_LW
+    shift_LW = starts_WL.T.reshape(-1) - begins_LW
+    return np.repeat(shift_LW, lengths_LW) + np.arange(int(lengths_LW.sum()))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A token's rows to one rank as one: token_U by (rank, token), counts_W of them, and which one each row is.
+
+    index_S int32 numbers a rank's rows from 0. saved_W: how many rows less each rank gets.
+    """
+
+    token_U: Integers
+    counts_W: list[int]
+    index_S: npt.NDArray[np.int32]
+    saved_W: Integers
+
+
+def plan_once(outgoing: Outgoing, world_size: int) -> Wanted:
+    """Which tokens each rank wants, whatever number of its slots they chose."""
+    tokens, top_k = outgoing.position_TK.shape
+    per_rank = len(outgoing.counts_P) // world_size
+    rows_W = np.array(outgoing.counts_P, dtype=np.int64).reshape(world_size, per_rank).sum(1)
+    token_S = outgoing.order_S.cpu().numpy() // top_k
+    cell_S = np.repeat(np.arange(world_size) * tokens, rows_W) + token_S
+    wanted_WT = np.zeros(world_size * tokens, dtype=np.bool_)
+    wanted_WT[cell_S] = True
+    counts_W = wanted_WT.reshape(world_size, tokens).sum(1)
+    begins_W = counts_W.cumsum() - counts_W
+    index_S = (wanted_WT.cumsum() - 1)[cell_S] - np.repeat(begins_W, rows_W)
+    token_U = wanted_WT.nonzero()[0] % max(tokens, 1)
+    return Wanted(token_U, counts_W.tolist(), index_S.astype(np.int32), rows_W - counts_W)
+
+
+def once_each(plan: DispatchPlan, wanted: Wanted, recv_counts: list[int], index_R: npt.NDArray[np.int32]) -> OnceEach:
+    """What dispatch needs of it: index_R are the other ranks' index_S for this one, by source."""
+    begins_W = np.cumsum([0, *recv_counts[:-1]])
+    row_R = torch.from_numpy(index_R + np.repeat(begins_W, plan.recv_counts))
+    device = plan.ends_L.device
+    row_ids_R = row_R.to(device) if plan.arrange_R is None else row_R.to(device).index_select(0, plan.arrange_R)
+    return OnceEach(torch.from_numpy(wanted.token_U).to(device), wanted.counts_W, recv_counts, row_ids_R)

@@ -2,25 +2,27 @@
 
 Legend: S rows sent, R rows received, D row width.
 
-Rows travel as uint8 views, because gloo refuses float8 and because an exchange of bytes changes no bits. When a
-collective fails, torch says that a connection broke, not whose: the ranks still alive sign in at the store, and those
-who have not after a moment are the ones named.
+Rows travel as uint8 views, because gloo refuses float8 and because an exchange of bytes changes no bits. The backends
+are called directly: torch.distributed's functions check what was checked here already, at 10 us a call. A wait is a
+`Channel`'s: it ends when the group fails anywhere, and names the rank to blame.
 """
 
-import time
-import weakref
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
 
-from crossdock.comm.transport import Pending, Then, check_parts, part_topology
-from crossdock.errors import CommTimeout, ConfigError, CrossdockError, RankFailure
-from crossdock.parallel import EPGroup, Topology, bounded
+from crossdock.comm.transport import Pending, Then, bytes_of, check_parts, part_topology
+from crossdock.errors import ConfigError, PlanMismatch
+from crossdock.parallel import EPGroup, Topology
+from crossdock.parallel.bond import Links
+from crossdock.parallel.standing import Turn
+from crossdock.parallel.watch import SLICE_S
 
-ROLL_CALL_S = 2.0  # how long survivors of a failure wait for one another before they name who is missing
+SLICE = timedelta(seconds=SLICE_S)
 
 
 class TorchTransport:
@@ -31,38 +33,36 @@ class TorchTransport:
     def __init__(self, group: EPGroup) -> None:
         if group.process_group is None:
             raise ConfigError("transport 'torch' needs a process group: start with torchrun and call crossdock.init()")
-        self._group = group  # asked for its process group at each call: a reference to that would outlive close()
-        self._part: weakref.ReferenceType[dist.ProcessGroup] | None = None
-        self._place(tuple(range(group.world_size)), group.topology)
+        bond = group.bonded()
+        self._place(group, bond.whole, bond.name(), group.members, group.topology)
 
-    def _place(self, members: tuple[int, ...], topology: Topology) -> None:
+    def _place(self, group: EPGroup, links: Links, name: str, members: tuple[int, ...], topology: Topology) -> None:
+        self._group, self._links = group, links
         self.members, self.topology = members, topology
-        self.rank, self.world_size = members.index(self._group.rank), len(members)
-        self.timeout_s = self._group.timeout_s
-        self._users = 0
+        self.rank, self.world_size = members.index(group.members[group.rank]), len(members)
+        self.timeout_s = group.timeout_s
+        self._channel = group.bonded().watch.channel(name, members, group.timeout_s)
+        self._users = self._splits = 0
 
-    def _process_group(self) -> dist.ProcessGroup:
-        part = self._part() if self._part is not None else self._group.process_group
-        if self._group.process_group is None or part is None:
-            raise ConfigError(f"rank {self._group.rank}: the group of this transport is closed")
-        return part
+    def abort(self, why: str) -> None:
+        self._channel.watch.abort(why)
 
     def split(self, parts: Sequence[Sequence[int]]) -> "TorchTransport":
         check_parts(parts, self.world_size)
-        self._process_group()
-        began = time.monotonic()
-        mine = None
-        for part in parts:  # every rank takes part in making each of them
-            members = tuple(self.members[rank] for rank in part)
-            try:
-                process_group = dist.new_group(list(members))
-            except RuntimeError as error:
-                raise self._explain(error, "split", began) from error
-            if self.rank in part:
-                mine = TorchTransport(self._group)
-                mine._part = weakref.ref(process_group)
-                mine._place(members, part_topology(self.topology, part))
-        assert mine is not None
+        digest = hashlib.sha256(repr([list(part) for part in parts]).encode()).digest()
+        ours = int.from_bytes(digest[:8], "big") >> 1
+        for rank, (theirs,) in enumerate(self.all_gather([ours], "split")):
+            if theirs != ours:
+                me, other = self.members[self.rank], self.members[rank]
+                raise PlanMismatch(f"rank {me}: split: rank {other} has other parts, expected {list(parts)} as here")
+        self._splits += 1
+        number, part = next((n, part) for n, part in enumerate(parts) if self.rank in part)
+        name = f"{self._channel.name}, part {number} of split {self._splits}"
+        members = tuple(self.members[rank] for rank in part)
+        mine = TorchTransport.__new__(TorchTransport)
+        mine._place(self._group, self._links, name, members, part_topology(self.topology, part))
+        bond = self._group.bonded()
+        mine._links = mine._channel.run("split", lambda: bond.part(name, mine.rank, len(part), self.timeout_s))
         return mine
 
     def register(self) -> int:
@@ -70,74 +70,63 @@ class TorchTransport:
         return self._users - 1
 
     def all_gather(self, values: list[int], phase: str) -> list[list[int]]:
-        group = self._process_group()
+        turn = self._channel.enter(phase)
         mine = torch.tensor(values, dtype=torch.int64)
         gathered_WN = torch.empty(self.world_size, len(values), dtype=torch.int64)
-        began = time.monotonic()
-        try:
-            dist.all_gather(list(gathered_WN.unbind(0)), mine, group=group)
-        except RuntimeError as error:
-            raise self._explain(error, phase, began) from error
+        all_W = [list(gathered_WN.unbind(0))]
+        moving = _Moving(self._begin(lambda links: links.control.allgather(all_W, [mine])))
+        self._finish(turn, moving, moving.poll)
         rows: list[list[int]] = gathered_WN.tolist()
         return rows
 
     def all_to_all_rows(
         self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
     ) -> Pending[Tensor]:
-        group = self._process_group()
-        bytes_SB = rows_SD.contiguous().view(torch.uint8)
+        turn = self._channel.enter(phase)
+        bytes_SB = bytes_of(rows_SD)
         arrived_RB = bytes_SB.new_empty(sum(recv_counts), bytes_SB.shape[1])
-        began = time.monotonic()
-        try:
-            work = dist.all_to_all_single(arrived_RB, bytes_SB, recv_counts, send_counts, group=group, async_op=True)
-        except RuntimeError as error:
-            raise self._explain(error, phase, began) from error
+        work = self._begin(lambda links: links.rows.alltoall_base(arrived_RB, bytes_SB, recv_counts, send_counts))
+        moving = _Moving(work)
 
         def finish() -> Tensor:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise self._explain(error, phase, began) from error
+            self._finish(turn, moving, moving.left_to_the_stream if arrived_RB.is_cuda else moving.poll)
             assert bytes_SB is not None  # kept alive until everything has left
             return arrived_RB.view(rows_SD.dtype)
 
         return Then(finish)
 
-    def _explain(self, error: RuntimeError, phase: str, began: float) -> CrossdockError:
-        """What broke, in terms of ranks: the ones that do not sign in after a failure."""
-        waited, where = time.monotonic() - began, f"rank {self._group.rank}: {phase}"
-        missing = self._missing()
-        if missing:
-            return RankFailure(f"{where}: no sign of rank {', '.join(map(str, missing))}: it is gone or stuck")
-        if waited >= 0.9 * self.timeout_s:
-            return CommTimeout(f"{where}: the other ranks did not join within {self.timeout_s:g} s")
-        return RankFailure(f"{where}: the exchange broke: {str(error).splitlines()[0]}")
-
-    def _missing(self) -> list[int]:
-        """Ranks that do not sign in at the store soon; rank 0 where the store, which lives there, gives no answer."""
-        seen = {self._group.rank}
+    def _finish(self, turn: Turn, moving: "_Moving", poll: Callable[[float], bool]) -> None:
         try:
-            bounded(lambda: self._roll_call(seen), 2 * ROLL_CALL_S + 1.0)
-        except TimeoutError:
-            return [0]
-        except (RuntimeError, dist.DistError):  # rank 0 is gone: before the failure, or with its own roll call done
-            if 0 not in seen:
-                return [0]
-        return [rank for rank in self.members if rank not in seen]
+            self._channel.wait(turn, poll)
+        except BaseException:
+            moving.work = None  # which holds connections open, and an error may be kept for long
+            raise
 
-    def _roll_call(self, seen: set[int]) -> None:
-        """Signs in, and adds to `seen` who else does within ROLL_CALL_S; rank 0 stays until they have seen as much."""
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"crossdock/alive/{self._group.rank}", "1")
-        self._look(store, "alive", set(self.members), seen)
-        store.set(f"crossdock/looked/{self._group.rank}", "1")
-        if self._group.rank == 0:
-            self._look(store, "looked", set(seen), set())
+    def _begin(self, begin: Callable[[Links], Any]) -> Any:
+        """What begin(links) gives; meanwhile nothing lets go of them."""
+        with self._links.in_use:
+            if self._links.process_group is not None:
+                return begin(self._links)
+        self._channel.enter("start of a collective")  # raises where it is for a failure that they were let go of
+        raise ConfigError(f"rank {self.members[self.rank]}: the group of this transport is closed")
 
-    def _look(self, store: Store, what: str, expected: set[int], seen: set[int]) -> None:
-        deadline = time.monotonic() + ROLL_CALL_S
-        while expected - seen and time.monotonic() < deadline:
-            for rank in sorted(expected - seen):
-                if store.check([f"crossdock/{what}/{rank}"]):
-                    seen.add(rank)
-            time.sleep(0.02)
+
+class _Moving:
+    """A collective under way."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+    def poll(self, seconds: float) -> bool:
+        """Waits a slice of time, and says whether it is done; raises what broke it."""
+        try:
+            self.work.wait(SLICE)
+        except RuntimeError:
+            if not self.work.is_completed():
+                return False
+            self.work.wait()  # done in between, or else this raises again
+        return True
+
+    def left_to_the_stream(self, seconds: float) -> bool:
+        """Does not wait: the GPU's stream will."""
+        return bool(self.work.wait())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from crossdock.errors import ConfigError
@@ -34,20 +35,26 @@ class Done(Generic[T]):
 
 @dataclass(frozen=True)
 class Then(Generic[T]):
-    """A Pending whose value is computed when it is waited for."""
+    """A Pending whose value is computed when it is waited for.
+
+    Where `on_arrival` is given, on_arrival(call) has `call` called once what is waited for is there, on a GPU within a
+    stream that has it; from another thread, perhaps.
+    """
 
     finish: Callable[[], T]
+    on_arrival: Callable[[Callable[[], None]], None] | None = None
 
     def wait(self) -> T:
         return self.finish()
 
 
 class Transport(Protocol):
-    """One rank's way to the others. Every method is a collective: all ranks call it in the same order.
+    """One rank's way to the others. All but `abort` and `register` are collectives: all ranks call them in one order.
 
-    `timeout_s` bounds every wait in seconds; a wait that runs out raises CommTimeout, and a rank found dead raises
-    RankFailure, both naming `phase`; after either the transport is of no further use. Rows handed over are not written
-    to until every rank has waited for them.
+    `timeout_s` bounds every wait in seconds. A wait that runs out raises CommTimeout, and one for a rank that is gone
+    or does not answer raises RankFailure; both name the rank to blame and `phase`. The first such error, on whichever
+    rank, is the end of every transport of the group, parts included: all waits end, and each further use raises it
+    again. Rows handed over are not written to until every rank has waited for them.
     """
 
     @property
@@ -80,6 +87,10 @@ class Transport(Protocol):
         """A number for a user of this transport, in the order of the calls: 0, 1, ..."""
         ...
 
+    def abort(self, why: str) -> None:
+        """Ends all waits of every rank soon: each raises RankFailure naming this rank and `why`. Waits for nobody."""
+        ...
+
     def all_gather(self, values: list[int], phase: str) -> list[list[int]]:
         """Every rank's int64 values, by rank; all ranks must give equally many, which is not checked."""
         ...
@@ -105,3 +116,14 @@ def check_parts(parts: Sequence[Sequence[int]], world_size: int) -> None:
 def part_topology(topology: Topology, part: Sequence[int]) -> Topology:
     """The nodes of a part's ranks, numbered anew in their order."""
     return Topology.from_names(tuple(topology.node_of_rank[rank] for rank in part))
+
+
+def bytes_of(rows_SD: Tensor) -> Tensor:
+    """Rows as uint8 [S, bytes of a row], without a copy where they lie together.
+
+    Where S or D is 1 or 0 torch calls rows contiguous whatever their strides, and still refuses to view them so.
+    """
+    rows_SD = rows_SD.contiguous()
+    if rows_SD.stride(-1) != 1:
+        rows_SD = rows_SD.clone(memory_format=torch.contiguous_format)
+    return rows_SD.view(torch.uint8)

@@ -4,6 +4,7 @@ from crossdock.parallel.balancer import BalanceReport, balance_report, balancedn
 from crossdock.parallel.bounded import bounded
 from crossdock.parallel.group import EPGroup, init
 from crossdock.parallel.placement import ExpertPlacement
+from crossdock.parallel.recovery import lost_ranks, recover
 from crossdock.parallel.topology import Topology
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "balancedness",
     "bounded",
     "init",
+    "lost_ranks",
     "lower_bound",
     "rebalance",
+    "recover",
 ]

@@ -1,32 +1,39 @@
 """`EPGroup`: the ranks that share one set of experts, and `init`, which builds it from what a launcher set.
 
-Only `init` reads the environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
+Only `init` reads the environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them, and
+where those are absent the rank and size that mpiexec sets. An engine that has torch.distributed running already gives
+its process group to `EPGroup.from_process_group` instead. Which ranks share a node is told by their hosts' names, or by
+the caller:
+
+    group = crossdock.init(topology=Topology((0, 0, 1, 1)))
 """
 
-import hashlib
 import os
-import socket
 from dataclasses import dataclass
-from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before a group: its defaults would keep it (optimizers import this late)
 
-from crossdock.errors import CommTimeout, ConfigError
-from crossdock.parallel.bounded import bounded
+from crossdock.errors import ConfigError, PlanMismatch
+from crossdock.parallel.bond import Bond, release
+from crossdock.parallel.joining import MeetingPoint, adopt, join
+from crossdock.parallel.mpi_launch import join_mpi
 from crossdock.parallel.topology import Topology
 
 LONGEST_S = 1e9  # 31 years: torch counts its timeouts in 64-bit nanoseconds
-GRACE_S = 5.0  # how long after the timeout torch may still raise an error of its own, which says more
+MPIEXEC = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))  # of MPICH, of Open MPI
 
 
 @dataclass(frozen=True)
 class EPGroup:
     """This rank, its device, and the process group it shares with the others (None in a group of one and once closed).
 
-    `timeout_s` bounds every wait on another rank, in seconds. Use as a context manager, or call `close`.
+    `communicator` is what ranks that mpiexec started have instead of a process group: see `parallel.mpi_launch`.
+    `timeout_s` bounds every wait on another rank, in seconds. `members` are the ranks' numbers in the world as it was
+    started, by which errors call them: 0..W-1 until some are lost (`recover`). `bond` is there with a process group.
+    Use as a context manager, which tells the others of an exception that leaves it, or call `close`.
     """
 
     rank: int
@@ -35,18 +42,99 @@ class EPGroup:
     process_group: dist.ProcessGroup | None
     topology: Topology
     timeout_s: float
+    communicator: Any | None = None
+    members: tuple[int, ...] = ()
+    bond: Bond | None = None
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            object.__setattr__(self, "members", tuple(range(self.world_size)))
 
     @classmethod
     def solo(cls, device: torch.device | str = "cpu", timeout_s: float = 300.0) -> "EPGroup":
         """A group of one, which needs no launcher and starts nothing."""
         return cls(0, 1, torch.device(device), None, Topology((0,)), timeout_s)
 
+    @classmethod
+    def from_process_group(
+        cls,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        timeout_s: float = 300.0,
+        topology: Topology | None = None,
+    ) -> "EPGroup":
+        """The ranks of a process group that another engine has made (None: the default group); a collective of them.
+
+        What is made of it is a process group of those ranks that is crossdock's alone: collectives of the engine do not
+        meet these, and closing this group leaves the engine's as it is. Raises ConfigError and CommTimeout as `init`.
+        """
+        _check_timeout(timeout_s)
+        if not dist.is_initialized():
+            raise ConfigError("torch.distributed is not initialised in this process: use crossdock.init()")
+        given = process_group or dist.group.WORLD
+        if given is None or dist.get_rank(given) < 0:
+            raise ConfigError("this process is no rank of the process group it was given")
+        chosen = _device(device, torch.cuda.current_device() if torch.cuda.is_available() else 0)
+        rank, world_size = dist.get_rank(given), dist.get_world_size(given)
+        _check_topology(topology, world_size)
+        if world_size == 1:
+            return cls.solo(chosen, timeout_s)
+        bond, found = adopt(given, chosen, timeout_s, topology, owned=False)
+        return cls.bound(rank, world_size, chosen, found, timeout_s, bond)
+
+    @classmethod
+    def bound(
+        cls,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        topology: Topology,
+        timeout_s: float,
+        bond: Bond,
+        members: tuple[int, ...] = (),
+    ) -> "EPGroup":
+        """The group that `bond` holds together, and that falls apart on every rank when one of them fails."""
+        group = cls(rank, world_size, device, bond.whole.process_group, topology, timeout_s, None, members, bond)
+        bond.watch.on_failure.append(lambda: release(group.let_go()))
+        return group
+
+    def bonded(self) -> Bond:
+        """The bond; a group that mpiexec started gets one at the first call, which is a collective then.
+
+        Raises ConfigError where there is no process group, or none any more.
+        """
+        if self.bond is None:
+            if self.process_group is None:
+                raise ConfigError(f"rank {self.rank}: this group has no process group: it is closed, or never had one")
+            bond, _ = adopt(self.process_group, self.device, self.timeout_s, self.topology, owned=True)
+            object.__setattr__(self, "bond", bond)
+            bond.watch.on_failure.append(lambda: release(self.let_go()))
+        assert self.bond is not None
+        return self.bond
+
+    def abort(self, why: str) -> None:
+        """Ends all waits of every rank soon: each raises RankFailure naming this rank and `why`. Waits for nobody."""
+        if self.bond is not None:
+            self.bond.watch.abort(why)
+        if self.communicator is not None:
+            self.communicator.watch.abort(why)
+
     def close(self) -> None:
         """Leaves the process group that `init` started, and lets go of it: its threads end with the last reference."""
-        if self.process_group is not None:
-            object.__setattr__(self, "process_group", None)
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        if self.communicator is not None:
+            self.communicator.close()
+            object.__setattr__(self, "communicator", None)
+        self.let_go().clear()
+        if self.bond is not None:
+            self.bond.watch.close()
+
+    def let_go(self) -> list[Any]:
+        """Leaves the process group, and hands over what is left of it: the last reference waits for what is pending."""
+        kept: list[Any] = [] if self.bond is None else self.bond.let_go()
+        if self.bond is None and self.process_group is not None and dist.is_initialized():
+            dist.destroy_process_group()
+        object.__setattr__(self, "process_group", None)
+        return kept
 
     def __enter__(self) -> "EPGroup":
         return self
@@ -54,28 +142,49 @@ class EPGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and not isinstance(error, PlanMismatch):  # which the others find in the same numbers
+            self.abort(f"{type(error).__name__}: {error}")
         self.close()
 
 
-def init(device: torch.device | str | None = None, timeout_s: float = 300.0) -> EPGroup:
-    """The group torchrun started this process in, or a group of one where no launcher did.
+def init(
+    device: torch.device | str | None = None, timeout_s: float = 300.0, topology: Topology | None = None
+) -> EPGroup:
+    """The group torchrun or mpiexec started this process in, or a group of one where no launcher did.
 
     Without `device`: this rank's GPU where there is one, else the CPU. Control messages travel by gloo, rows by gloo on
-    CPUs and NCCL on GPUs. Raises ConfigError for variables that contradict one another or a device that is absent, and
-    CommTimeout where the other ranks do not arrive within `timeout_s` seconds.
+    CPUs and NCCL on GPUs; under mpiexec both travel by MPI. `topology`, the same on all ranks, says which of them share
+    a node; without it the hosts' names do. Raises ConfigError for variables that contradict one another or those of
+    another rank, and for a device that is absent, and CommTimeout where ranks do not arrive within `timeout_s` seconds.
     """
-    if not 0 < timeout_s <= LONGEST_S:  # false for NaN too
-        raise ConfigError(f"timeout_s must be above 0 seconds and at most {LONGEST_S:g}, found {timeout_s}")
+    _check_timeout(timeout_s)
+    for rank_name, size_name in MPIEXEC:
+        if "RANK" not in os.environ and rank_name in os.environ and _integer(size_name, 1) > 1:
+            rank, world_size = _integer(rank_name, 0), _integer(size_name, 1)
+            _check_topology(topology, world_size)
+            job = join_mpi(rank, world_size, timeout_s, topology)
+            return EPGroup(rank, world_size, _device(device, job.local_rank), None, job.topology, timeout_s, job)
     world_size, rank = _integer("WORLD_SIZE", 1), _integer("RANK", 0)
     if world_size < 1:
         raise ConfigError(f"WORLD_SIZE must be at least 1, found {world_size}")
     if not 0 <= rank < world_size:
         raise ConfigError(f"RANK must be in 0..{world_size - 1} (WORLD_SIZE is {world_size}), found {rank}")
     chosen = _device(device, _integer("LOCAL_RANK", 0))
+    _check_topology(topology, world_size)
     if world_size == 1:
         return EPGroup.solo(chosen, timeout_s)
-    topology = _start(rank, world_size, chosen, timeout_s)
-    return EPGroup(rank, world_size, chosen, dist.group.WORLD, topology, timeout_s)
+    bond, found = join(rank, world_size, chosen, timeout_s, topology, _meeting_point(world_size))
+    return EPGroup.bound(rank, world_size, chosen, found, timeout_s, bond)
+
+
+def _check_timeout(timeout_s: float) -> None:
+    if not 0 < timeout_s <= LONGEST_S:  # false for NaN too
+        raise ConfigError(f"timeout_s must be above 0 seconds and at most {LONGEST_S:g}, found {timeout_s}")
+
+
+def _check_topology(topology: Topology | None, world_size: int) -> None:
+    if topology is not None and len(topology.node_of_rank) != world_size:
+        raise ConfigError(f"topology must place {world_size} ranks, found one of {len(topology.node_of_rank)}")
 
 
 def _integer(name: str, default: int) -> int:
@@ -102,8 +211,7 @@ def _device(device: torch.device | str | None, local_rank: int) -> torch.device:
     return chosen
 
 
-def _start(rank: int, world_size: int, device: torch.device, timeout_s: float) -> Topology:
-    """Meets the other ranks at MASTER_ADDR:MASTER_PORT."""
+def _meeting_point(world_size: int) -> MeetingPoint:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set: start with torchrun")
@@ -112,31 +220,6 @@ def _start(rank: int, world_size: int, device: torch.device, timeout_s: float) -
         raise ConfigError(f"MASTER_PORT must be in 1..65535, found {port}")
     if dist.is_initialized():
         raise ConfigError("torch.distributed is initialised in this process: close that group before crossdock.init()")
-    where = f"{os.environ['MASTER_ADDR']}:{port}"
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-    def meet() -> Topology:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # the current device is a thread's own
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
-        return _gather_topology(world_size)
-
-    try:
-        return bounded(meet, timeout_s + GRACE_S)
-    except dist.DistNetworkError as error:
-        what = "the port is in use" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
-        raise ConfigError(f"rank {rank}: cannot meet the other ranks at {where}: {what}") from error
-    except (RuntimeError, TimeoutError) as error:
-        what = str(error).splitlines()[0]
-        raise CommTimeout(
-            f"rank {rank}: the {world_size} ranks did not all arrive at {where} within {timeout_s:g} s: {what}"
-        ) from error
-
-
-def _gather_topology(world_size: int) -> Topology:
-    """Ranks whose host names agree share a node; names travel as a 63-bit hash."""
-    digest = hashlib.sha256(socket.gethostname().encode()).digest()
-    mine = torch.tensor([int.from_bytes(digest[:8], "big") >> 1])
-    names = [torch.empty_like(mine) for _ in range(world_size)]
-    dist.all_gather(names, mine)
-    return Topology.from_names(tuple(int(name) for name in names))
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else None
+    return MeetingPoint(os.environ["MASTER_ADDR"], port, start)

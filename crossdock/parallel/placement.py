@@ -7,13 +7,14 @@ replicas of any expert.
     physical_to_logical                         0  1   | 2  3   | 4  0        expert 0 has a replica on rank 2
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from crossdock.errors import ConfigError
+from crossdock.errors import ConfigError, RankFailure
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,13 @@ class ExpertPlacement:
     """physical_to_logical[p] is the expert in slot p (-1: none); slots r * L to (r + 1) * L - 1 are rank r's.
 
     Raises ConfigError where slots do not divide over the ranks, an expert has no slot, or one rank holds two replicas
-    of an expert that has no more replicas than there are ranks.
+    of an expert that has no more replicas than there are ranks, unless that is what was `left` after ranks were lost.
     """
 
     num_experts: int
     world_size: int
     physical_to_logical: tuple[int, ...]
+    left: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         slots = len(self.physical_to_logical)
@@ -42,7 +44,7 @@ class ExpertPlacement:
                 raise ConfigError(f"expert {expert} has no slot")
             ranks = [slot // self.slots_per_rank for slot in held]
             twice = next((rank for rank in ranks if ranks.count(rank) > 1), None)
-            if twice is not None and len(held) <= self.world_size:
+            if twice is not None and len(held) <= self.world_size and not self.left:
                 raise ConfigError(f"rank {twice} holds expert {expert} twice, but its {len(held)} replicas fit on "
                                   f"{self.world_size} ranks one each")  # fmt: skip
 
@@ -55,6 +57,24 @@ class ExpertPlacement:
                 "or give an ExpertPlacement with -1 in the slots left over"
             )
         return cls(num_experts, world_size, tuple(range(num_experts)))
+
+    def without(self, ranks: Iterable[int]) -> "ExpertPlacement":
+        """The placement of the other ranks, numbered anew in their order; each keeps what it has in every slot.
+
+        Raises RankFailure, naming the experts, where one was held by `ranks` alone.
+
+        >>> ExpertPlacement(3, 3, (0, 1, 1, 2, 2, 0)).without([1]).physical_to_logical
+        (0, 1, 2, 0)
+        """
+        lost = set(ranks)
+        stay = [rank for rank in range(self.world_size) if rank not in lost]
+        if lost - set(range(self.world_size)) or not stay:
+            raise ConfigError(f"some of the ranks 0..{self.world_size - 1} must stay, found {sorted(lost)} taken out")
+        held = tuple(expert for rank in stay for expert in self.experts_of_rank(rank))
+        missing = sorted(set(range(self.num_experts)) - set(held))
+        if missing:
+            raise RankFailure(f"experts {missing} are lost: no rank but {sorted(lost)}, which are gone, held them")
+        return ExpertPlacement(self.num_experts, len(stay), held, left=True)
 
     @property
     def num_slots(self) -> int:

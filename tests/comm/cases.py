@@ -1,15 +1,19 @@
-"""The exchange's conformance cases and the oracle they are held to: plain loops over all ranks' tokens, no shared code.
+"""The exchange's conformance cases and the oracles they are held to: plain loops over all tokens, no shared code.
 
-A transport joins by a name in `test_conformance.RUNNERS`.
+A transport joins by a name in `test_conformance.RUNNERS`. FORMS are the ways in which a case can travel; those over
+nodes have an oracle of their own for sums, whose order the nodes decide.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from crossdock.comm import Dispatcher, Transport
+from crossdock.comm import Dispatcher, HierarchicalDispatcher, Inbound, Transport
+
+FORMS = ("flat", "node", "node in portions", "node, weights later")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def cases(world_size: int) -> list[Case]:
         Case("no expert at all", even, kind="none"),
         Case("replicas: a slot twice for one token", even, kind="repeats"),
         Case("one slot a rank", even, slots_per_rank=1),
+        Case("rows so many that a token travels to a rank once", (30,) * world_size, hidden=2500, top_k=8),
     ]
 
 
@@ -88,23 +93,45 @@ def expert(rows: Tensor, slot: int) -> Tensor:
     return rows * 2.0 ** (slot % 5 - 2)
 
 
-def exchange(transport: Transport, case: Case) -> dict[str, Tensor]:
+def exchange(transport: Transport, case: Case, form: str = "flat") -> dict[str, Tensor]:
     """What is under test: one layer's dispatch, experts and combine, forward and backward, on this rank."""
     x_TD, ids_TK, weights_TK = (t.clone() for t in inputs(case)[transport.rank])
     x_TD.requires_grad_()
     weights_TK.requires_grad_()
-    dispatcher = Dispatcher(transport, case.world_size * case.slots_per_rank, case.hidden, case.dtype)
-    plan = dispatcher.plan(ids_TK)
-    inbound = dispatcher.dispatch(x_TD, plan)
-    pieces, start = [], 0
-    for local, end in enumerate(inbound.ends_L.tolist()):
-        pieces.append(expert(inbound.rows_RD[start:end], transport.rank * case.slots_per_rank + local))
-        start = end
-    y_TD = dispatcher.combine(torch.cat(pieces), weights_TK, inbound)
+    slots = case.world_size * case.slots_per_rank
+    compute = experts_of(transport.rank, case.slots_per_rank)
+    if form == "flat":
+        flat = Dispatcher(transport, slots, case.hidden, case.dtype)
+        inbound = flat.dispatch(x_TD, flat.plan(ids_TK))
+        y_TD = flat.combine(compute(inbound), weights_TK, inbound)
+    else:
+        nodes = HierarchicalDispatcher(transport, slots, case.hidden, case.dtype)
+        plan = nodes.plan(ids_TK)
+        arriving = nodes.dispatch_async(x_TD, plan, None if form == "node, weights later" else weights_TK)
+        if form == "node in portions":
+            results = ((portion, compute(portion)) for portion in arriving.portions())
+            y_TD = nodes.combine_portions(results, weights_TK, arriving).wait()
+            inbound = nodes.dispatch(x_TD, plan)
+        else:
+            inbound = arriving.wait()
+            y_TD = nodes.combine(compute(inbound), weights_TK, inbound)
     (y_TD.double() * _target(y_TD)).sum().backward()
     assert x_TD.grad is not None and weights_TK.grad is not None
     return {"rows_RD": inbound.rows_RD.detach(), "ends_L": inbound.ends_L, "y_TD": y_TD.detach(),
             "dx_TD": x_TD.grad, "dweights_TK": weights_TK.grad}  # fmt: skip
+
+
+def experts_of(rank: int, slots_per_rank: int) -> Callable[[Inbound], Tensor]:
+    """A rank's experts: rows by slot -> results in the same order."""
+
+    def compute(inbound: Inbound) -> Tensor:
+        pieces, start = [], 0
+        for local, end in enumerate(inbound.ends_L.tolist()):
+            pieces.append(expert(inbound.rows_RD[start:end], rank * slots_per_rank + local))
+            start = end
+        return torch.cat(pieces)
+
+    return compute
 
 
 def _target(y_TD: Tensor) -> Tensor:
@@ -142,4 +169,35 @@ def oracle(case: Case) -> list[dict[str, Tensor]]:
         rows_RD = torch.stack(rows) if rows else x_TD.new_empty(0, case.hidden)
         results.append({"rows_RD": rows_RD, "ends_L": torch.tensor(ends, dtype=torch.int32), "y_TD": y_TD,
                         "dx_TD": dx_TD, "dweights_TK": dweights_TK})  # fmt: skip
+    return results
+
+
+def oracle_over_nodes(case: Case, node_of_rank: tuple[int, ...]) -> list[dict[str, Tensor]]:
+    """`oracle` where a token crosses to a node once: another order of rows and of sums; gradients to rounding."""
+    everyone, results = inputs(case), oracle(case)
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+    number = [node_of_rank[:rank].count(node) for rank, node in enumerate(node_of_rank)]
+    for rank, result in enumerate(results):
+
+        def enters(source: int, rank: int = rank) -> tuple[bool, int, int]:
+            return node_of_rank[source] != node_of_rank[rank], number[source], source
+
+        rows = []
+        for slot in range(rank * case.slots_per_rank, (rank + 1) * case.slots_per_rank):
+            for source in sorted(range(case.world_size), key=enters):
+                x_TD, ids_TK, _ = everyone[source]
+                for t in range(len(x_TD)):
+                    rows += [x_TD[t] for k in range(case.top_k) if ids_TK[t, k] == slot]
+        result["rows_RD"] = torch.stack(rows) if rows else result["rows_RD"]
+        x_TD, ids_TK, weights_TK = everyone[rank]
+        for t in range(len(x_TD)):
+            y_D = torch.zeros(case.hidden, dtype=wide)
+            for node in range(max(node_of_rank) + 1):
+                part_D = torch.zeros(case.hidden, dtype=wide)
+                for k in range(case.top_k):
+                    slot = int(ids_TK[t, k])
+                    if slot >= 0 and node_of_rank[slot // case.slots_per_rank] == node:
+                        part_D = part_D + weights_TK[t, k].to(wide) * expert(x_TD[t], slot).to(wide)
+                y_D = y_D + part_D.to(case.dtype).to(wide)
+            result["y_TD"][t] = y_D.to(case.dtype)
     return results

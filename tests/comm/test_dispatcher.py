@@ -5,13 +5,15 @@ import re
 import sys
 import threading
 import time
+from typing import Literal
 
 import pytest
 import torch
 
 from crossdock import EPGroup, LocalWorld, make_transport
-from crossdock.comm import Dispatcher, LocalTransport, TorchTransport, Transport
+from crossdock.comm import Dispatcher, LocalTransport, TorchTransport, Transport, make_dispatcher, plan_each
 from crossdock.errors import CommTimeout, ConfigError, PlanMismatch, RankFailure
+from crossdock.parallel import Topology
 from tests.launch import RankError, Ranks
 
 
@@ -97,6 +99,50 @@ def test_rows_of_another_form_are_refused() -> None:
         LocalWorld(2).run(lambda t: Dispatcher(t, 5, 8, torch.float32))
 
 
+def test_a_token_goes_to_a_rank_once_where_that_saves_much() -> None:
+    def sent(transport: Transport, hidden: int) -> list[int]:
+        dispatcher = Dispatcher(transport, 8, hidden, torch.float32)
+        ids_TK = torch.arange(8).expand(60, 8).contiguous()
+        plan = dispatcher.plan(ids_TK)
+        assert plan.send_counts == [240, 240]
+        return plan.send_counts if plan.once is None else plan.once.send_counts
+
+    for hidden, expected in ((16, [240, 240]), (2048, [60, 60])):
+        assert LocalWorld(2).run(lambda t, hidden=hidden: sent(t, hidden)) == [expected] * 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("hierarchy", ["flat", "node"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_exchanges_can_be_planned_together(world_size: int, hierarchy: Literal["flat", "node"]) -> None:
+    """With a gather of counts for all of them, and nothing else changed."""
+
+    def run(transport: Transport, together: bool) -> list[torch.Tensor]:
+        exchange = make_dispatcher(transport, 8, 2048, torch.float32, hierarchy=hierarchy)
+        x_TD = torch.randn(90, 2048, generator=torch.Generator().manual_seed(transport.rank))
+        ids_TK = torch.randint(-1, 8, (90, 6), generator=torch.Generator().manual_seed(transport.rank))
+        parts = [slice(0, 60), slice(60, 60), slice(60, 90)]
+        ids = [ids_TK[part] for part in parts]
+        plans = plan_each(exchange, ids) if together else [exchange.plan(each) for each in ids]
+        found = []
+        for part, plan in zip(parts, plans, strict=True):
+            inbound = exchange.dispatch(x_TD[part], plan, torch.ones(ids_TK[part].shape))
+            found += [inbound.rows_RD, exchange.combine(inbound.rows_RD, torch.ones(ids_TK[part].shape), inbound)]
+        return found
+
+    world = LocalWorld(world_size, topology=Topology(tuple(range(world_size))))
+    for one, other in zip(*(world.run(lambda t, how=how: run(t, how)) for how in (True, False)), strict=True):  # type: ignore[misc]
+        assert all(map(torch.equal, one, other))
+
+
+def test_ranks_that_plan_other_numbers_together_are_named() -> None:
+    def run(transport: Transport) -> None:
+        ids_TK = torch.zeros(1, 1, dtype=torch.int64)
+        Dispatcher(transport, 2, 4, torch.float32).plans([ids_TK] * (1 + transport.rank))
+
+    with pytest.raises(PlanMismatch, match="planned together is 2 on rank 1, expected 1 as here"):
+        LocalWorld(2).run(run)
+
+
 def test_transports_are_chosen_by_name() -> None:
     assert make_transport(EPGroup.solo()).name == "local"
     with pytest.raises(ConfigError, match=r"transport must be 'auto' or one of .*, found 'rdma'"):
@@ -142,7 +188,7 @@ def test_a_virtual_rank_that_leaves_or_stalls_is_named() -> None:
         else:
             one_exchange(transport)
 
-    with pytest.raises(CommTimeout, match=r"ranks \[1\] did not arrive within 0.5 s"):
+    with pytest.raises(CommTimeout, match=r"rank 1 did not arrive within 0\.5 s"):
         LocalWorld(2, timeout_s=0.5).run(stall)
 
 

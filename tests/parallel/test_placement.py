@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crossdock.errors import ConfigError
+from crossdock.errors import ConfigError, RankFailure
 from crossdock.parallel import ExpertPlacement, Topology
 
 
@@ -54,3 +54,30 @@ def test_topology() -> None:
     assert topology.ranks_of_node(0) == (0, 2) and topology.same_node(0, 2) and not topology.same_node(0, 1)
     with pytest.raises(ConfigError, match="rank 0 is on node 1"):
         Topology((1, 0))
+
+
+def test_what_is_left_keeps_every_slot() -> None:
+    placement = ExpertPlacement(4, 3, (0, 1, 2, 3, 2, 3, 0, 1, 1, 0, 3, -1))
+    left = placement.without([1])
+    assert (left.world_size, left.num_slots, left.slots_per_rank) == (2, 8, 4)
+    assert [left.experts_of_rank(rank) for rank in range(2)] == [placement.experts_of_rank(rank) for rank in (0, 2)]
+    assert left.slot_ids(torch.tensor([[0, 3], [0, 3]])).tolist() == [[0, 3], [5, 6]]
+    assert placement.without([]) == placement
+    assert placement.without([0, 2]).physical_to_logical == (2, 3, 0, 1)
+
+
+def test_what_is_left_may_hold_an_expert_twice() -> None:
+    """Four replicas on three ranks; two of them go with rank 1, and the two of rank 0 are what there is."""
+    left = ExpertPlacement(2, 3, (0, 0, 1, 0, 0, 1, 1, 1, 1)).without([1])
+    assert left.physical_to_logical == (0, 0, 1, 1, 1, 1)
+    with pytest.raises(ConfigError, match="rank 0 holds expert 0 twice"):
+        ExpertPlacement(2, 2, (0, 0, 1, 1, 1, 1))
+
+
+def test_experts_that_are_lost_are_listed() -> None:
+    placement = ExpertPlacement(4, 2, (0, 1, 2, 0, 3, -1))
+    with pytest.raises(RankFailure, match=r"experts \[1, 2\] are lost: no rank but \[0\], which are gone, held them"):
+        placement.without([0])
+    for lost in ([0, 1], [2], [-1]):
+        with pytest.raises(ConfigError, match=r"some of the ranks 0..1 must stay, found"):
+            placement.without(lost)

@@ -1,0 +1,124 @@
+"""What all forms of the exchange share: their calls (`Exchange`), and what rows are and may be (`ExchangeForm`).
+
+Legend: T tokens here, D hidden, K experts per token, P slots, R rows received, X bytes of a row as it travels.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from crossdock.backend import Backend
+from crossdock.comm.agreement import DTYPES, HIERARCHIES, Header
+from crossdock.comm.codec import Codec
+from crossdock.comm.explain import Sender, Traffic
+from crossdock.comm.inbound import Inbound
+from crossdock.comm.node_plan import NodePlan
+from crossdock.comm.plan import DispatchPlan
+from crossdock.comm.transport import Pending, Transport
+from crossdock.errors import ConfigError
+
+
+class Exchange(Protocol):
+    """The calls of every form, described at `Dispatcher`. A plan is for the form that made it, and so is an inbound."""
+
+    @property
+    def transport(self) -> Transport: ...
+
+    def plan(self, slot_ids_TK: Tensor, checked: bool = False) -> Any: ...
+
+    def dispatch(self, x_TD: Tensor, plan: Any, weights_TK: Tensor | None = None) -> Inbound: ...
+
+    def dispatch_async(self, x_TD: Tensor, plan: Any, weights_TK: Tensor | None = None) -> Pending[Inbound]: ...
+
+    def combine(self, out_RD: Tensor, weights_TK: Tensor, inbound: Any, plus_TD: Tensor | None = None) -> Tensor: ...
+
+    def combine_async(
+        self, out_RD: Tensor, weights_TK: Tensor, inbound: Any, plus_TD: Tensor | None = None
+    ) -> Pending[Tensor]: ...
+
+
+@runtime_checkable
+class PlansTogether(Protocol):
+    """A form whose plans of several exchanges need one gather."""
+
+    def plans(self, parts: Sequence[Tensor], checked: bool = False) -> list[Any]: ...
+
+
+def plan_each(exchange: Exchange, parts: Sequence[Tensor]) -> list[Any]:
+    """A plan for each part's slot ids, equally many on all ranks; all from one gather where the form can."""
+    if isinstance(exchange, PlansTogether):
+        return exchange.plans(parts)
+    return [exchange.plan(slot_ids_TK) for slot_ids_TK in parts]
+
+
+class ExchangeForm:
+    """What every form of the exchange is made of: where slots stand, what rows are, and what may be asked of them."""
+
+    hierarchy = "flat"
+
+    def __init__(
+        self,
+        transport: Transport,
+        num_slots: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        backend: Backend = "auto",
+        codec: Codec | None = None,
+    ) -> None:
+        if num_slots < 1 or num_slots % transport.world_size:
+            raise ConfigError(f"{num_slots} slots do not divide over {transport.world_size} ranks")
+        if dtype not in DTYPES or hidden_size < 1:
+            found = f"{hidden_size} values of {dtype}"
+            raise ConfigError(f"rows can be at least one value of {', '.join(map(str, DTYPES))}, found {found}")
+        self.transport, self.num_slots, self.hidden_size, self.dtype = transport, num_slots, hidden_size, dtype
+        self.backend: Backend = backend
+        self.codec = codec
+        self.row_bytes = hidden_size * dtype.itemsize if codec is None else codec.row_bytes(hidden_size)
+        self.sender = Sender(transport.rank, transport.topology, self.row_bytes, hidden_size * dtype.itemsize)
+        self.layer = transport.register()
+        self.step = 0
+
+    def header(self, experts_per_token: int, together: int = 1) -> Header:
+        """Of the last `together` exchanges, which were planned together."""
+        return Header(
+            HIERARCHIES.index(self.hierarchy),
+            self.layer,
+            self.step - together + 1,
+            together,
+            self.num_slots,
+            self.hidden_size,
+            DTYPES.index(self.dtype),
+            self.row_bytes,
+            experts_per_token,
+        )
+
+    def explain(self, plan: DispatchPlan | NodePlan) -> Traffic:
+        """What this rank sends by that plan, and what it would send without it. No exchange."""
+        return plan.explain()
+
+    def encoded(self, x_TD: Tensor) -> Tensor:
+        """x as it travels."""
+        return x_TD.detach() if self.codec is None else self.codec.encode(x_TD.detach())
+
+    def check_rows(self, name: str, rows: Tensor, count: int) -> None:
+        """Raises ConfigError for another shape or dtype."""
+        if rows.shape != (count, self.hidden_size) or rows.dtype != self.dtype:
+            found = f"{rows.dtype} {list(rows.shape)}"
+            raise ConfigError(f"{name} must be {self.dtype} {[count, self.hidden_size]}, found {found}")
+
+    def check_combine(
+        self, out_RD: Tensor, rows: int, weights_TK: Tensor, expected: tuple[int, ...], plus_TD: Tensor | None
+    ) -> None:
+        """Raises ConfigError for another shape, dtype or device."""
+        self.check_rows("out_RD", out_RD, rows)
+        if tuple(weights_TK.shape) != expected:
+            raise ConfigError(f"weights_TK must have shape {expected}, found {tuple(weights_TK.shape)}")
+        if plus_TD is not None:
+            self.check_rows("plus_TD", plus_TD, len(weights_TK))
+        for name, tensor in (("weights_TK", weights_TK), ("plus_TD", plus_TD)):
+            if tensor is not None and tensor.device != out_RD.device:
+                raise ConfigError(f"{name} is on {tensor.device}, but out_RD is on {out_RD.device}")
+        if not weights_TK.dtype.is_floating_point:
+            raise ConfigError(f"weights_TK must be of a floating dtype, found {weights_TK.dtype}")

@@ -1,0 +1,290 @@
+"""`HierarchicalDispatcher`: the flat exchange used twice, over nodes and inside them, for links of two speeds.
+
+    x_TD --rail--> far rows --node--> rows by slot          a token crosses to a node once,
+     |---------------node-----------> rows by slot          its own node it reaches directly
+
+    out --node--> sums of far tokens --rail--> home         results are summed where they were computed,
+     |---node--> sums of own tokens ------------> y_TD      one row a (token, node) returns
+
+Far rows leave first. While they are under way, this node's own travel inside it and can be computed (`portions`).
+
+A token's results in a node are added in the order of k, in float32, and rounded to the layer's dtype; its home adds the
+nodes' sums in ascending order, in float32, and rounds once more. So the result depends on which ranks share a node, not
+on their number otherwise, nor on anything that timing decides.
+
+Rejected: a ring of nodes along which sums accumulate. One row a token comes home instead of one a node, but all the way
+from the farthest of these, past the others: no fewer bytes on any link of a switched network, N - 1 hops one after
+another instead of one, and a rounding more for each. With 2 nodes it is this.
+
+Legend: T tokens, D hidden, K experts per token, A rows that arrive from other nodes, R rows by slot.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from crossdock.backend import Backend
+from crossdock.comm.agreement import gather_agreed
+from crossdock.comm.codec import Codec
+from crossdock.comm.combine import need_gradient, weigh
+from crossdock.comm.form import ExchangeForm
+from crossdock.comm.inbound import Inbound, decode, receive
+from crossdock.comm.lane import Kept, Lane, by_slot
+from crossdock.comm.node_plan import NodePlan, order, place, plan_over_nodes
+from crossdock.comm.places import Choices, Counts, Places
+from crossdock.comm.plan import DispatchPlan, check_form, check_slots
+from crossdock.comm.transport import Pending, Then, Transport
+from crossdock.errors import ConfigError
+
+RAIL, NODE = " between nodes", " inside the node"
+
+
+@dataclass(frozen=True)
+class NodeInbound(Inbound):
+    """All rows of this rank, near and far; its plan is a NodePlan. far_weights_AK where weights came with the rows."""
+
+    far_weights_AK: Pending[Tensor] | None = None
+
+
+class HierarchicalDispatcher(ExchangeForm):
+    """The same calls as `Dispatcher`, for ranks on several nodes, equally many on each.
+
+    `dispatch` takes the weights where they are known: they travel with the rows, and `combine` must then get the same.
+    Otherwise combine sends them. Making one is a collective. Raises ConfigError for unequal nodes, and PlanMismatch
+    where ranks differ in what they make.
+    """
+
+    hierarchy = "node"
+
+    def __init__(
+        self,
+        transport: Transport,
+        num_slots: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        backend: Backend = "auto",
+        codec: Codec | None = None,
+    ) -> None:
+        super().__init__(transport, num_slots, hidden_size, dtype, backend, codec)
+        topology = transport.topology
+        ranks_N = [topology.ranks_of_node(node) for node in range(topology.num_nodes)]
+        if len({len(ranks) for ranks in ranks_N}) > 1:
+            found = ", ".join(str(len(ranks)) for ranks in ranks_N)
+            raise ConfigError(f"the exchange over nodes needs equally many ranks on each, found {found}: use 'flat'")
+        gather_agreed(transport, self.header(0), [], f"start of MoE layer {self.layer}")
+        self.places = Places(topology, transport.rank, num_slots // transport.world_size)
+        rail, node = _parts(transport, ranks_N)
+        self.rail = Lane(rail, self.layer, backend, RAIL)
+        self.node = Lane(node, self.layer, backend, NODE)
+
+    def plan(self, slot_ids_TK: Tensor, checked: bool = False) -> NodePlan:
+        """As `Dispatcher.plan`; ids are always checked. A collective of all ranks."""
+        return self.plans([slot_ids_TK], checked)[0]
+
+    def plans(self, parts: Sequence[Tensor], checked: bool = False) -> list[NodePlan]:
+        """`plan` of several exchanges, equally many on all ranks, with one gather of counts."""
+        for slot_ids_TK in parts:
+            check_form(slot_ids_TK)
+            check_slots(slot_ids_TK, self.num_slots)
+        first, device = self.step + 1, parts[0].device
+        self.step += len(parts)
+        choices = [Choices(slot_ids_TK.cpu().numpy(), self.places) for slot_ids_TK in parts]
+        counts = [count for choice in choices for count in choice.counts()]
+        header = self.header(parts[0].shape[1], len(parts))
+        phase = f"plan of exchange {first} in MoE layer {self.layer}"
+        if first == 1:  # afterwards equally many counts are gathered
+            gather_agreed(self.transport, header, [], phase)
+        gathered = Counts.split(gather_agreed(self.transport, header, counts, phase), self.num_slots, len(parts))
+        lanes = self.rail, self.node
+        starts = [
+            plan_over_nodes(choice, of_part, lanes, first + number, self.sender, device)
+            for number, (choice, of_part) in enumerate(zip(choices, gathered, strict=True))
+        ]
+        return [plan.wait() for plan in [start.wait() for start in starts]]
+
+    def dispatch(self, x_TD: Tensor, plan: NodePlan, weights_TK: Tensor | None = None) -> NodeInbound:
+        """Sends x[t] to each slot chosen for t. Differentiable. Raises ConfigError for another shape or dtype."""
+        return self.dispatch_async(x_TD, plan, weights_TK).wait()
+
+    def dispatch_async(self, x_TD: Tensor, plan: NodePlan, weights_TK: Tensor | None = None) -> "Arriving":
+        """The same, started: other work can run before `wait`, or between what `portions` gives."""
+        self.check_rows("x_TD", x_TD, len(plan.near.outgoing.position_TK))
+        return Arriving(self, x_TD, plan, weights_TK)
+
+    def combine(self, out_RD: Tensor, weights_TK: Tensor, inbound: Inbound, plus_TD: Tensor | None = None) -> Tensor:
+        """y[t] = sum over nodes, ascending, of the sums over k in each (+ plus[t]) -> [T, D] in out's dtype.
+
+        Sums are float32 inside and rounded in each node, and once more before `plus_TD`, in out's dtype, is added.
+        out_RD stands in the order of the inbound rows. Choices of -1 add nothing. Differentiable in all three.
+        """
+        return self.combine_async(out_RD, weights_TK, inbound, plus_TD).wait()
+
+    def combine_async(
+        self, out_RD: Tensor, weights_TK: Tensor, inbound: Inbound, plus_TD: Tensor | None = None
+    ) -> "Returning":
+        """The same, started: other work can run before `wait`."""
+        plan = inbound.plan
+        if not isinstance(plan, NodePlan) or not isinstance(inbound, NodeInbound):
+            raise ConfigError("combine must get what this form of the exchange dispatched, found rows of another form")
+        expected = tuple(plan.near.outgoing.position_TK.shape)
+        self.check_combine(out_RD, len(plan.merge_R), weights_TK, expected, plus_TD)
+        returning = Returning(self, plan, weights_TK, inbound.far_weights_AK, plus_TD)
+        if need_gradient(out_RD, weights_TK, plus_TD):
+            returning.start("far", out_RD.index_select(0, plan.places_R[plan.near_rows :]), plan.far)
+            returning.start("near", out_RD.index_select(0, plan.places_R[: plan.near_rows]), plan.near)
+        else:
+            returning.start("far", out_RD, plan.merged_far)
+            returning.start("near", out_RD, plan.merged_near)
+        return returning
+
+    def combine_portions(
+        self,
+        results: Iterable[tuple[Inbound, Tensor]],
+        weights_TK: Tensor,
+        arriving: "Arriving",
+        plus_TD: Tensor | None = None,
+    ) -> "Returning":
+        """`combine_async` for what `portions` gave, each with the experts' rows for it, in the same order.
+
+        Where `results` are computed one by one, the near ones return while the far ones are computed.
+        """
+        expected = tuple(arriving.plan.near.outgoing.position_TK.shape)
+        returning = Returning(self, arriving.plan, weights_TK, arriving.far_weights_AK, plus_TD)
+        for portion, (inbound, out_RD) in zip(("near", "far"), results, strict=True):
+            plan = inbound.plan
+            assert isinstance(plan, DispatchPlan)
+            self.check_combine(out_RD, sum(plan.recv_counts), weights_TK, expected, plus_TD)
+            returning.start(portion, out_RD, plan)
+        return returning
+
+    def send_weights(self, weights_TK: Tensor, plan: NodePlan) -> Pending[Tensor]:
+        """Each far row's weights, float32 [A, K], to the rank where it enters the node; differentiable."""
+        weights_TK = weights_TK.float()
+        crossing = self.rail.tokens(weights_TK, plan.outer, "weights")
+        arriving = Then(lambda: by_slot(crossing.wait(), plan.outer))
+        if not need_gradient(weights_TK):
+            return Kept(arriving)
+        return Kept(Then(lambda: self.rail.tracked(weights_TK, arriving, plan.outer, "weights")))
+
+
+_PARTS: WeakKeyDictionary[Transport, tuple[Transport, Transport]] = WeakKeyDictionary()
+
+
+def _parts(transport: Transport, ranks_N: list[tuple[int, ...]]) -> tuple[Transport, Transport]:
+    """The transports of this rank's rail and node. All layers share them: each may cost connections and threads."""
+    if transport not in _PARTS:
+        rails = sorted(sorted(rail) for rail in zip(*ranks_N, strict=True))
+        _PARTS[transport] = transport.split(rails), transport.split(ranks_N)
+    return _PARTS[transport]
+
+
+class Arriving:
+    """Rows under way in two legs: over the rail, then inside the node. `advance` starts the second."""
+
+    def __init__(self, form: HierarchicalDispatcher, x_TD: Tensor, plan: NodePlan, weights_TK: Tensor | None) -> None:
+        self.form, self.x_TD, self.plan = form, x_TD, plan
+        wire_TX = form.encoded(x_TD)
+        self._crossing = form.rail.tokens(wire_TX, plan.outer)
+        self.far_weights_AK = None if weights_TK is None else form.send_weights(weights_TK, plan)
+        self._near = form.node.tokens(wire_TX, plan.near)
+        self._far: Pending[Tensor] | None = None
+        self._far_x_AD = x_TD  # once they are here: far rows, as a function of x
+
+    def advance(self) -> None:
+        """Waits for the rows from other nodes, and sends them on inside this one."""
+        if self._far is not None:
+            return
+        crossed_AX = by_slot(self._crossing.wait(), self.plan.outer)
+        form, dtype = self.form, self.x_TD.dtype
+        if need_gradient(self.x_TD):
+            decoded = Then(lambda: decode(crossed_AX, form.codec, dtype))
+            self._far_x_AD = form.rail.tracked(self.x_TD, decoded, self.plan.outer)
+        self._far = form.node.tokens(crossed_AX, self.plan.far)
+
+    def portions(self) -> Iterator[Inbound]:
+        """The rows of this node's own tokens, then those from other nodes; for `combine_portions`."""
+        yield self._receive_near()
+        self.advance()
+        yield self._receive_far()
+
+    def wait(self) -> NodeInbound:
+        """All rows, by (slot, near or far, source rank, token, k)."""
+        plan, codec, weights = self.plan, self.form.codec, self.far_weights_AK
+        if need_gradient(self.x_TD):
+            near = self._receive_near()
+            self.advance()
+            rows_RD = torch.cat([near.rows_RD, self._receive_far().rows_RD]).index_select(0, plan.merge_R)
+            return NodeInbound(rows_RD, plan.ends_L, plan, far_weights_AK=weights)
+        takes_codes = codec is not None and not codec.decode_on_arrival
+        if self.x_TD.device.type == "cpu" and not takes_codes:
+            return NodeInbound(self._placed(), plan.ends_L, plan, far_weights_AK=weights)
+        self.advance()
+        near_UX, far_UX = self._near.wait(), self._arrived_far()
+        ids_R = torch.cat([order(near_UX, plan.near), order(far_UX, plan.far) + len(near_UX)])
+        rows_UX, ids_R = torch.cat([near_UX, far_UX]), ids_R.index_select(0, plan.merge_R)
+        if takes_codes:
+            return NodeInbound(rows_UX, plan.ends_L, plan, ids_R, codec, self.x_TD.dtype, weights)
+        rows_RD = decode(rows_UX, codec, self.x_TD.dtype).index_select(0, ids_R)
+        return NodeInbound(rows_RD, plan.ends_L, plan, far_weights_AK=weights)
+
+    def _placed(self) -> Tensor:
+        """Each row copied once, to its place, the near ones while the far ones are under way; for CPUs."""
+        plan, codec, dtype = self.plan, self.form.codec, self.x_TD.dtype
+        near_UD = decode(self._near.wait(), codec, dtype)
+        rows_RD = self.x_TD.new_empty(len(plan.merge_R), self.x_TD.shape[1])
+        place(near_UD, plan.near, plan.spans[0], rows_RD)
+        self.advance()
+        place(decode(self._arrived_far(), codec, dtype), plan.far, plan.spans[1], rows_RD)
+        return rows_RD
+
+    def _arrived_far(self) -> Tensor:
+        assert self._far is not None
+        return self._far.wait()
+
+    def _receive_near(self) -> Inbound:
+        return receive(self.x_TD, self._near, self.form.node, self.plan.near, self.form.codec)
+
+    def _receive_far(self) -> Inbound:
+        assert self._far is not None
+        return receive(self._far_x_AD, self._far, self.form.node, self.plan.far, self.form.codec)
+
+
+class Returning:
+    """Results under way in two legs: inside the nodes, then over the rail. `advance` starts the second."""
+
+    def __init__(
+        self,
+        form: HierarchicalDispatcher,
+        plan: NodePlan,
+        weights_TK: Tensor,
+        far_weights_AK: Pending[Tensor] | None,
+        plus_TD: Tensor | None,
+    ) -> None:
+        self.form, self.plan, self.weights_TK, self.plus_TD = form, plan, weights_TK, plus_TD
+        self._far_weights_AK = far_weights_AK or form.send_weights(weights_TK, plan)
+        self._inside: dict[str, Pending[Tensor]] = {}
+        self._crossing: Pending[Tensor] | None = None
+
+    def start(self, portion: str, out_RD: Tensor, plan: DispatchPlan) -> None:
+        """Results of one portion leave for the ranks where their rows entered the node."""
+        self._inside[portion] = self.form.node.back(out_RD, plan, self.weights_TK)
+
+    def advance(self) -> None:
+        """Waits for far tokens' results, adds them up, and sends the sums home."""
+        if self._crossing is not None:
+            return
+        plan, form = self.plan, self.form
+        back_SD = self._inside["far"].wait()
+        sums_AD = weigh(back_SD, self._far_weights_AK.wait(), plan.far.outgoing, None, form.backend)
+        self._crossing = form.rail.back(sums_AD, plan.outer, self.weights_TK)
+
+    def wait(self) -> Tensor:
+        """y [T, D]."""
+        self.advance()
+        assert self._crossing is not None
+        plan, backend = self.plan, self.form.backend
+        near_TD = weigh(self._inside["near"].wait(), self.weights_TK, plan.near.outgoing, None, backend)
+        return weigh(torch.cat([near_TD, self._crossing.wait()]), None, plan.home, self.plus_TD, backend)

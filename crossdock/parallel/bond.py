@@ -1,0 +1,108 @@
+"""`Bond`: what holds the ranks of a group together over torch.distributed, and can be let go of at any moment.
+
+A pending gloo operation cannot be ended from this side: it waits until a connection of its closes or its own timeout
+passes, and a process cannot end before. So when a group fails, every rank lets go of its process groups at once. A rank
+with no operation pending closes its connections by that, which ends the others' operations, and theirs close in turn.
+Nothing of use is lost: gloo itself closes the connections of an operation that has failed.
+"""
+
+import threading
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from crossdock.parallel.watch import Watch
+
+
+class Links:
+    """`control` (gloo) carries integers on the host, `rows` the rows of this device; all None once let go of.
+
+    Use them while `in_use` is held, and keep no reference: who drops the last one waits for pending operations.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup, device: torch.device) -> None:
+        self.in_use = threading.Lock()
+        self.control: Any = process_group._get_backend(torch.device("cpu"))
+        self.rows: Any = process_group._get_backend(torch.device(device.type))
+        self.process_group: dist.ProcessGroup | None = process_group
+
+    def drop(self) -> list[Any]:
+        """Lets go, and hands over what is left to be released: the last reference waits for pending operations."""
+        with self.in_use:
+            kept = [self.process_group, self.control, self.rows] if self.process_group is not None else []
+            self.process_group = self.control = self.rows = None
+            return kept
+
+
+class Bond:
+    """The watch over a group, the store where its parts meet, and its links: the whole group's first, then the parts'.
+
+    `process_group` is the group's own: torch's default group (`is_default`), or one that nobody else uses.
+    """
+
+    def __init__(
+        self, watch: Watch, store: Store, process_group: dist.ProcessGroup, device: torch.device, is_default: bool
+    ) -> None:
+        self.watch, self._device, self._is_default = watch, device, is_default
+        self._store: Store | None = store
+        self.whole = Links(process_group, device)
+        self._parts: list[Links] = []
+        self._names = 0
+        self._letting_go = threading.Lock()
+
+    def name(self) -> str:
+        """A name for a channel, the same on all ranks, which ask for names in the same order."""
+        self._names += 1
+        return f"torch {self._names}"
+
+    def part(self, name: str, rank: int, size: int, timeout_s: float) -> Links:
+        """Links among some of the ranks; a collective of those. Raises RuntimeError kin."""
+        assert self._store is not None
+        links = Links(connect(self._store, name, rank, size, self._device, timeout_s), self._device)
+        self._parts.append(links)
+        return links
+
+    def let_go(self) -> list[Any]:
+        """Drops all links, and hands over what is left of them to be released."""
+        with self._letting_go:  # a failure does so from a thread of its own
+            kept = [one for links in [self.whole, *self._parts] for one in links.drop()]
+            self._parts.clear()
+            self._store = None
+            if kept and dist.is_initialized():
+                with suppress(ValueError):  # not in torch's registry: nothing to take out of it
+                    dist.destroy_process_group(None if self._is_default else kept[0])
+            return kept
+
+
+def release(kept: list[Any]) -> None:
+    """Drops the references in `kept` from a thread, since the last one waits for pending operations; ends NCCL's."""
+
+    def run() -> None:
+        while kept:
+            kept.pop().abort()  # NCCL's kernels end; gloo has nothing to end its own with
+
+    threading.Thread(target=run, name="crossdock release").start()
+
+
+def connect(store: Store, name: str, rank: int, size: int, device: torch.device, timeout_s: float) -> dist.ProcessGroup:
+    """A process group of its own, unknown to torch's registry, so that no rank outside it has to take part.
+
+    A collective of its `size` ranks, for which `name` is the same and new at `store`; raises RuntimeError kin.
+    """
+    wait, inside = timedelta(seconds=timeout_s), PrefixStore(name, store)
+    group = dist.ProcessGroup(inside, rank, size)
+    gloo = dist.ProcessGroupGloo(PrefixStore("cpu", inside), rank, size, wait)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the current device is a thread's own
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = wait
+        nccl = dist.ProcessGroupNCCL(PrefixStore("cuda", inside), rank, size, options)
+        group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    group._set_group_name(name)  # type: ignore[arg-type]
+    return group

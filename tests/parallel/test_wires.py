@@ -1,0 +1,182 @@
+"""The connections between ranks: lines arrive, ends are noticed, strangers are turned away, early lines wait."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Thread
+
+import pytest
+
+from crossdock.errors import CommTimeout, RankFailure
+from crossdock.parallel.standing import Failure
+from crossdock.parallel.watch import Watch
+from crossdock.parallel.wires import Card, Listener, Wires
+
+WAIT_S = 10.0
+
+
+@contextmanager
+def wired(world_size: int) -> Iterator[list[Wires]]:
+    """Wires of all ranks, in one process."""
+    listeners = [Listener(rank, "127.0.0.1") for rank in range(world_size)]
+    cards = [listener.card for listener in listeners]
+    made: dict[int, Wires] = {}
+
+    def make(rank: int) -> None:
+        made[rank] = Wires(listeners[rank], cards, "127.0.0.1", time.monotonic() + WAIT_S)
+
+    threads = [Thread(target=make, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    try:
+        yield [made[rank] for rank in range(world_size)]
+    finally:
+        for wires in made.values():
+            wires.close()
+
+
+def until(wires: Wires, condition: object) -> bool:
+    with wires.changed:
+        return wires.changed.wait_for(condition, WAIT_S)  # type: ignore[arg-type]
+
+
+def test_lines_go_to_the_handler_of_their_epoch_also_early_ones() -> None:
+    with wired(3) as (zero, one, two):
+        got: list[tuple[int, str]] = []
+        two.on_messages(0, lambda sender, message: got.append((sender, message["kind"])))
+        zero.send(2, 1, {"kind": "later"})
+        for number in range(50):
+            zero.send(2, 0, {"kind": f"note {number}"})
+        one.send(2, 0, {"kind": "other"})
+        assert until(two, lambda: len(got) == 51)
+        assert [kind for sender, kind in got if sender == 0] == [f"note {number}" for number in range(50)]
+        assert (1, "other") in got
+        two.on_messages(1, lambda sender, message: got.append((sender, message["kind"])))
+        assert until(two, lambda: (0, "later") in got)
+
+
+def test_an_end_without_a_word_and_one_with_a_goodbye() -> None:
+    with wired(3) as (zero, one, two):
+        watch = Watch(one, (0, 1, 2))
+        watch.channel("world", (0, 1, 2), 1.0).enter("plan")
+        watch.close()
+        for wires in (zero, two):
+            assert until(wires, lambda wires=wires: 1 in wires.lost)
+            assert wires.lost[1].why == "left the group" and wires.lost[1].was_there("world", 1)
+            assert not wires.lost[1].was_there("world", 2) and not wires.lost[1].was_there("part", 1)
+        zero.peers[2].link.shutdown(socket.SHUT_RDWR)  # as when a process is killed
+        assert until(two, lambda: 0 in two.lost)
+        assert two.lost[0].why == "the process ended" and not two.lost[0].was_there("world", 1)
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [b"GET / HTTP/1.1\r\n\r\n", b'{"rank": 1, "secret": "guessed"}\n', b"[1]\n", b"\xff\xfe\n", b"x" * 5000, b""],
+)
+def test_a_stranger_is_turned_away(greeting: bytes) -> None:
+    with wired(2) as (zero, one):
+        with socket.create_connection((zero.listener.card.address, zero.listener.card.port), WAIT_S) as stranger:
+            stranger.sendall(greeting)
+            stranger.shutdown(socket.SHUT_WR)
+            stranger.settimeout(WAIT_S)
+            with suppress(ConnectionResetError):
+                assert stranger.recv(10) == b""
+        got: list[str] = []
+        zero.on_messages(0, lambda sender, message: got.append(message["kind"]))
+        one.send(0, 0, {"kind": "still here"})
+        assert until(zero, lambda: got == ["still here"]) and not zero.lost
+
+
+def test_a_rank_that_does_not_connect_is_named_to_those_who_do() -> None:
+    """Rank 2 is not there; rank 1, which does not look for it, hears so from rank 0."""
+    listeners = [Listener(rank, "127.0.0.1") for rank in (0, 1)]
+    absent = Card(2, "elsewhere", "127.0.0.1", 1, "")
+    cards = [listeners[0].card, listeners[1].card]
+    found: list[Wires] = []
+    other = Thread(target=lambda: found.append(Wires(listeners[1], cards, "127.0.0.1", time.monotonic() + WAIT_S)))
+    other.start()
+    with pytest.raises(RankFailure, match="rank 0: init: rank 2 came, and was not seen again"):
+        Wires(listeners[0], [*cards, absent], "127.0.0.1", time.monotonic() + 1.0)
+    other.join()
+    watch = Watch(found[0], (0, 1, 2))
+    assert until(found[0], lambda: 0 in found[0].lost)
+    assert watch.failure is not None and watch.failure.ranks == (2,)
+    watch.close()
+
+
+def test_a_failure_is_told_once_and_is_the_same_everywhere() -> None:
+    with wired(3) as all_wires:
+        watches = [Watch(wires, (0, 1, 2)) for wires in all_wires]
+        hooks: list[int] = []
+        for rank, watch in enumerate(watches):
+            watch.on_failure.append(lambda rank=rank: hooks.append(rank))
+        watches[1].abort("enough")
+        for watch in watches:
+            assert until(watch.wires, lambda watch=watch: watch.failure is not None)
+        watches[2].abort("me too")
+        assert watches[2].failure == Failure("abort", (1,), "rank 1 gave up: enough", 1)
+        channel = watches[2].channel("world", (0, 1, 2), 1.0)
+        with pytest.raises(RankFailure, match="rank 2: plan: rank 1 gave up: enough"):
+            channel.enter("plan")
+        deadline = time.monotonic() + WAIT_S
+        while len(hooks) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert sorted(hooks) == [0, 1, 2]
+
+
+def test_a_wait_ends_with_the_failure_and_not_with_the_timeout() -> None:
+    with wired(2) as all_wires:
+        zero, one = (Watch(wires, (0, 1)) for wires in all_wires)
+        channel = zero.channel("world", (0, 1), 60.0)
+        turn = channel.enter("plan")
+        Thread(target=lambda: (time.sleep(0.3), one.abort("enough"))).start()
+        began = time.monotonic()
+
+        def poll(seconds: float) -> bool:
+            time.sleep(seconds)
+            return False
+
+        with pytest.raises(RankFailure, match="rank 0: plan: rank 1 gave up: enough"):
+            channel.wait(turn, poll)
+        assert time.monotonic() - began < 5.0
+
+
+def test_a_wait_names_who_is_late_after_asking() -> None:
+    with wired(2) as all_wires:
+        zero, one = (Watch(wires, (0, 1)) for wires in all_wires)
+        channel, other = zero.channel("world", (0, 1), 0.2), one.channel("world", (0, 1), 0.2)
+        for each in (channel, other):
+            each.enter("first")
+        with pytest.raises(CommTimeout, match=r"rank 0: plan: rank 1 did not arrive within 0.2 s; .* was first"):
+            channel.wait(channel.enter("plan"), lambda seconds: bool(time.sleep(seconds)))
+        assert until(one.wires, lambda: one.failure is not None)
+        with pytest.raises(CommTimeout, match=r"rank 1: plan: the others gave up on this rank \(found by rank 0\)"):
+            other.enter("plan")
+
+
+def test_a_forked_child_holds_no_connection() -> None:
+    """A data loader's, say: the system would not tell of the rank's end while its child lives."""
+    with wired(2) as (zero, one):
+        child = os.fork()
+        if child == 0:
+            os._exit(int(zero.peers[1].link.fileno() >= 0 or zero.listener.socket.fileno() >= 0))
+        assert os.waitpid(child, 0)[1] == 0
+        got: list[str] = []
+        one.on_messages(0, lambda sender, message: got.append(message["kind"]))
+        zero.send(1, 0, {"kind": "still here"})
+        assert until(one, lambda: got == ["still here"]) and not one.lost
+
+
+def test_what_cannot_be_read_is_no_end_of_reading() -> None:
+    with wired(3) as (zero, one, two):
+        zero.peers[2].link.send(b"no json" + bytes([10]))
+        assert until(two, lambda: 0 in two.lost)
+        assert two.lost[0].why.startswith("it sent what cannot be read")
+        got: list[str] = []
+        two.on_messages(0, lambda sender, message: got.append(message["kind"]))
+        one.send(2, 0, {"kind": "still here"})
+        assert until(two, lambda: got == ["still here"])
