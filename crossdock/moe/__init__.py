@@ -6,6 +6,9 @@ from crossdock.moe.gradients import sum_replicated_gradients
 from crossdock.moe.layer import MoELayer
 from crossdock.moe.mlp import GatedMLP, SwigluMLP
 from crossdock.moe.reference import moe_ref
+from crossdock.moe.survive import go_on
+from crossdock.moe.trace import traced
+from crossdock.moe.two_batch import interleave
 
 __all__ = [
     "ExchangeConfig",
@@ -17,7 +20,10 @@ __all__ = [
     "MoELayer",
     "PackedExperts",
     "SwigluMLP",
+    "go_on",
+    "interleave",
     "make_experts",
     "moe_ref",
     "sum_replicated_gradients",
+    "traced",
 ]

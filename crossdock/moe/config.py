@@ -72,7 +72,10 @@ class ExchangeConfig:
     max_tokens    latency mode: most tokens of one rank in one call
     capacity      latency mode: rows one rank can send to another in one call; 0: as many as can occur
     on_overflow   latency mode, where capacity is too small: "raise" CapacityOverflow, or "grow" and go again
-    chunks        parts a layer's tokens are worked on in, one travelling while another computes; 0: by a cost model
+    chunks        parts a layer's tokens are worked on in, one travelling while another computes; 0: by a cost model;
+                  the bits are the same for any number
+
+    "node" where all ranks share one node is "flat": nothing crosses. In a world of one nothing travels, in any mode.
     """
 
     hierarchy: Literal["flat", "node"] = "flat"
@@ -87,9 +90,24 @@ class ExchangeConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
-        _check_integer("max_tokens", self.max_tokens, 1)
-        _check_integer("capacity", self.capacity, 0)
-        _check_integer("chunks", self.chunks, 0)
+        for name, least in (("max_tokens", 1), ("capacity", 0), ("chunks", 0)):
+            _check_integer(name, getattr(self, name), least)
+        if self.mode == "latency" and self.chunks != 1:
+            raise ConfigError(f"mode 'latency' sends all rows at once: chunks must be 1, found {self.chunks}; for "
+                              "chunks use mode 'throughput'")  # fmt: skip
+        if self.mode == "latency" and self.hierarchy != "flat":
+            raise ConfigError("mode 'latency' sends straight to each rank: hierarchy must be 'flat', found "
+                              f"{self.hierarchy!r}; to cross to a node once use mode 'throughput'")  # fmt: skip
+        unused = [name for name in _OF_LATENCY if getattr(self, name) != _OF_LATENCY[name]]
+        if self.mode != "latency" and unused:
+            raise ConfigError(f"{' and '.join(unused)} bound the buffers of mode 'latency', and nothing in mode "
+                              f"{self.mode!r}: leave them out, or set mode='latency'")  # fmt: skip
+
+    def check_transport(self, name: str, world_size: int) -> None:
+        """Raises ConfigError where that transport cannot serve the mode."""
+        if self.mode == "latency" and world_size > 1 and name != "symmetric":
+            raise ConfigError(f"mode 'latency' needs transport 'symmetric', found {name!r}: choose that transport, or "
+                              "mode 'throughput'")  # fmt: skip
 
 
 _CHOICES = {
@@ -98,8 +116,12 @@ _CHOICES = {
     "mode": ("throughput", "latency"),
     "on_overflow": ("raise", "grow"),
 }
+_OF_LATENCY = {"max_tokens": 128, "capacity": 0, "on_overflow": "raise"}  # with their defaults
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or value < least:
-        raise ConfigError(f"MoEConfig.{name} must be an integer of at least {least}, found {value!r}")
+        raise ConfigError(f"{name} must be an integer of at least {least}, found {value!r}")
+
+
+FLAT = ExchangeConfig()

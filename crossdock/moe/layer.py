@@ -5,18 +5,29 @@ Legend: T tokens on this rank, D hidden, E logical experts, K experts per token,
     x_TD --router--> ids_TK, weights_TK --plan--> who sends which row where
       |---dispatch (rows in flight)---> inbound rows_RD --experts--> out_RD ---combine---> y_TD
       |---shared experts, meanwhile--------------------------------------------------------> + --> result
+
+`stages` is that with a pause where rows are in flight, so that another batch can compute meanwhile
+(`crossdock.moe.two_batch`); `forward` is `stages` without pauses. Both work chunk by chunk where asked
+(`crossdock.moe.pipeline`).
 """
 
 import torch
 from torch import Tensor, nn
 
 from crossdock.backend import Backend
-from crossdock.comm import Dispatcher
+from crossdock.comm import make_dispatcher
 from crossdock.comm.transport import Transport
 from crossdock.errors import ConfigError
-from crossdock.moe.config import MoEConfig
-from crossdock.moe.experts import Experts, Fp8Experts, PackedExperts, make_experts
-from crossdock.moe.mlp import GatedMLP, SwigluMLP
+from crossdock.gemm import Codes
+from crossdock.moe.config import FLAT, ExchangeConfig, MoEConfig
+from crossdock.moe.experts import Experts, Fp8Experts, PackedExperts
+from crossdock.moe.fused import alone, make_both
+from crossdock.moe.mlp import Fp8MLP, SwigluMLP
+from crossdock.moe.pace import Work
+from crossdock.moe.pipeline import Pipeline
+from crossdock.moe.trace import recorder_of, unwatched
+from crossdock.moe.two_batch import Steps, run
+from crossdock.moe.wire import Fp8Wire
 from crossdock.parallel import ExpertPlacement
 from crossdock.routing import Router
 
@@ -28,7 +39,7 @@ class MoELayer(nn.Module):
     experts are whole on every rank; experts are this rank's slots only. `load_E` (int64) counts the (token, k) choices
     of this rank's tokens per logical expert since it was last zeroed.
 
-    Raises ConfigError where placement and transport or config disagree.
+    Raises ConfigError where placement, transport, config and `exchange` disagree.
     """
 
     def __init__(
@@ -37,6 +48,7 @@ class MoELayer(nn.Module):
         transport: Transport,
         placement: ExpertPlacement | None = None,
         *,
+        exchange: ExchangeConfig = FLAT,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         backend: Backend = "auto",
@@ -44,11 +56,8 @@ class MoELayer(nn.Module):
         super().__init__()
         device = torch.device(device)
         placement = placement or ExpertPlacement.contiguous(config.num_experts, transport.world_size)
-        if placement.world_size != transport.world_size:
-            raise ConfigError(f"placement is for {placement.world_size} ranks, transport has {transport.world_size}")
-        if placement.num_experts != config.num_experts:
-            raise ConfigError(f"placement has {placement.num_experts} experts, config has {config.num_experts}")
-        self.config, self.placement = config, placement
+        self.config, self.dtype = config, dtype
+        self.backend: Backend = backend
         self.router = Router(
             config.hidden_size,
             config.num_experts,
@@ -62,22 +71,86 @@ class MoELayer(nn.Module):
             device=device,
             backend=backend,
         )
-        self.dispatcher = Dispatcher(transport, placement.num_slots, config.hidden_size, dtype, backend)
+        load_E = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
+        self.load_E: Tensor
+        self.register_buffer("load_E", load_E, persistent=False)
         self.slots_EX: Tensor
         self.replicas_E: Tensor
+        self._stand_on(transport, placement, exchange)
+        self.experts: Experts | PackedExperts | Fp8Experts
+        self.shared_experts: SwigluMLP | Fp8MLP | None
+        slots, ranks = placement.slots_per_rank, transport.world_size
+        self.experts, self.shared_experts = make_both(config, slots, ranks, dtype, device, backend)
+
+    def _stand_on(self, transport: Transport, placement: ExpertPlacement, exchange: ExchangeConfig) -> None:
+        """Everything that follows from who the ranks are, what they hold and how rows travel."""
+        config, device = self.config, self.load_E.device
+        if placement.world_size != transport.world_size:
+            raise ConfigError(f"placement is for {placement.world_size} ranks, transport has {transport.world_size}")
+        if placement.num_experts != config.num_experts:
+            raise ConfigError(f"placement has {placement.num_experts} experts, config has {config.num_experts}")
+        exchange.check_transport(transport.name, transport.world_size)
+        codec = None
+        if exchange.wire == "fp8":
+            codec = Fp8Wire(config.hidden_size, pow2=config.quant.pow2_scales, backend=self.backend)
+        self.dispatcher = make_dispatcher(
+            unwatched(transport) if exchange.mode == "latency" else transport,
+            placement.num_slots,
+            config.hidden_size,
+            self.dtype,
+            self.backend,
+            hierarchy=exchange.hierarchy,
+            mode=exchange.mode,
+            codec=codec,
+            max_tokens=exchange.max_tokens,
+            capacity=exchange.capacity,
+            on_overflow=exchange.on_overflow,
+        )
+        self.placement, self.exchange, self.recorder = placement, exchange, recorder_of(transport)
+        work = Work.of(config, self.dtype, placement.slots_per_rank, codec)
+        self.pipeline = Pipeline(self.dispatcher, exchange, work, device, self.recorder)
         self.register_buffer("slots_EX", placement.logical_to_physical_EX.to(device), persistent=False)
         self.register_buffer("replicas_E", placement.replica_count_E.to(device), persistent=False)
-        self.experts: Experts | PackedExperts | Fp8Experts = make_experts(
-            config, placement.slots_per_rank, dtype, device, backend
-        )
-        self.shared_experts: SwigluMLP | None = None
-        if config.shared_size:
-            mlp = GatedMLP if config.shared_gate else SwigluMLP
-            self.shared_experts = mlp(config.hidden_size, config.shared_size, dtype, device, backend)
-        self.load_E: Tensor
-        self.register_buffer(
-            "load_E", torch.zeros(config.num_experts, dtype=torch.int64, device=device), persistent=False
-        )
+        self.choose_replicas = not placement.is_identity
+        changes_rows = exchange.wire == "fp8" and config.quant.kind != "fp8_block"
+        self.is_alone = transport.world_size == 1 and not changes_rows
+
+    def continue_on(
+        self, transport: Transport, placement: ExpertPlacement, exchange: ExchangeConfig | None = None
+    ) -> None:
+        """Goes on over other ranks, such as those left after a failure; a collective of the new ranks.
+
+        Weights stay where they are: `placement` must have in this rank's slots what they hold already, and may leave
+        out only what other ranks held. `exchange` where rows are to travel otherwise than before: hierarchy "node"
+        needs equally many ranks on each node. Raises ConfigError for what cannot be, and the layer is then as it was.
+        """
+        own = self.placement.experts_of_rank(self.dispatcher.transport.rank)
+        given = placement.experts_of_rank(transport.rank) if transport.rank < placement.world_size else ()
+        if given != own:
+            raise ConfigError(f"this rank's slots hold experts {list(own)}, the new placement has {list(given)} there: "
+                              "weights do not move with it")  # fmt: skip
+        self._stand_on(transport, placement, exchange or self.exchange)
+
+    def set_replicas(self, slots_EX: Tensor, replicas_E: Tensor) -> None:
+        """From the next call on this rank's token t takes slots_EX[e, t % replicas_E[e]] for expert e.
+
+        int64 [E, X] and [E]; tables may differ from rank to rank, as any replica gives the same bits. Raises
+        ConfigError where a table names a slot that does not hold the expert.
+        """
+        size_E, slots_E = self.config.num_experts, len(self.placement.physical_to_logical)
+        if replicas_E.shape != (size_E,) or slots_EX.dim() != 2 or len(slots_EX) != size_E:
+            found = f"{list(slots_EX.shape)} and {list(replicas_E.shape)}"
+            raise ConfigError(f"replica tables must have shapes [{size_E}, X] and [{size_E}], found {found}")
+        for expert, (slots, count) in enumerate(zip(slots_EX.tolist(), replicas_E.tolist(), strict=True)):
+            named = slots[:count]
+            if not 1 <= count <= len(slots):
+                raise ConfigError(f"expert {expert} must have 1 to {len(slots)} replicas, found {count}")
+            for slot in named:
+                if not 0 <= slot < slots_E or self.placement.physical_to_logical[slot] != expert:
+                    raise ConfigError(f"replica tables send expert {expert} to slot {slot}, which does not hold it")
+        device = self.load_E.device
+        self.slots_EX, self.replicas_E = slots_EX.to(device), replicas_E.to(device)
+        self.choose_replicas = True
 
     @torch.no_grad()
     def pack(self) -> None:
@@ -88,14 +161,29 @@ class MoELayer(nn.Module):
         if isinstance(self.experts, Experts):
             self.experts = self.experts.packed()
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, D] in x's dtype; a collective of all ranks."""
-        tables = None if self.placement.is_identity else (self.slots_EX, self.replicas_E)
-        routing = self.router(x_TD, load_E=self.load_E, placement_tables=tables)
+    def forward(self, x_TD: Tensor, codes: Codes | None = None) -> Tensor:
+        """[T, D] -> [T, D] in x's dtype; a collective of all ranks. `codes` are x's of `quantize_rows`, where known."""
+        return run(self.stages(x_TD, codes))
+
+    def stages(self, x_TD: Tensor, codes: Codes | None = None) -> Steps[Tensor]:
+        """`forward`, pausing twice: while the first rows travel, and while the last results return."""
+        with self.recorder.span("route"):
+            tables = (self.slots_EX, self.replicas_E) if self.choose_replicas else None
+            routing = self.router(x_TD, load_E=self.load_E, placement_tables=tables)
         slot_ids_TK = routing.expert_ids_TK if routing.slot_ids_TK is None else routing.slot_ids_TK
-        plan = self.dispatcher.plan(slot_ids_TK)
-        arriving = self.dispatcher.dispatch_async(x_TD, plan)
-        shared_TD = self.shared_experts(x_TD) if self.shared_experts is not None else None
-        inbound = arriving.wait()
-        out_RD = self.experts(inbound)
-        return self.dispatcher.combine(out_RD, routing.weights_TK, inbound, shared_TD)
+        if self.is_alone:
+            y_TD = alone(self.experts, self.shared_experts, x_TD, slot_ids_TK, routing.weights_TK, codes)
+            if y_TD is not None:
+                return y_TD
+        flow = self.pipeline.begin(x_TD, slot_ids_TK, routing.weights_TK)
+        flow.start()
+        yield
+        with self.recorder.span("shared experts"):
+            rows = codes if codes is not None and isinstance(self.shared_experts, Fp8MLP) else x_TD
+            shared_TD = self.shared_experts(rows) if self.shared_experts is not None else None
+        for inbound in flow:
+            with self.recorder.span("experts"):
+                out_RD = self.experts(inbound)
+            flow.give_back(out_RD, shared_TD)
+        yield
+        return flow.result()

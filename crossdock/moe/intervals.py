@@ -1,0 +1,85 @@
+"""Stretches of time: their union, what two sets of them share, and the part of traffic that computing hides.
+
+A set of stretches is a list of (begin, end); lengths add up only after `union`, as rows of several chunks may be in
+flight at once.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+Stretch = tuple[float, float]
+
+
+def union(stretches: Iterable[Stretch]) -> list[Stretch]:
+    """The same time as stretches that neither touch nor overlap, ascending; empty ones are gone.
+
+    >>> union([(4, 6), (0, 2), (1, 3), (6, 7), (9, 9)])
+    [(0, 3), (4, 7)]
+    """
+    merged: list[Stretch] = []
+    for begin, end in sorted(stretches):
+        if end <= begin:
+            continue
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def shared(some: Iterable[Stretch], others: Iterable[Stretch]) -> list[Stretch]:
+    """The time that lies in both.
+
+    >>> shared([(0, 4), (6, 9)], [(3, 7), (8, 8.5)])
+    [(3, 4), (6, 7), (8, 8.5)]
+    """
+    left, right = union(some), union(others)
+    found: list[Stretch] = []
+    at = of = 0
+    while at < len(left) and of < len(right):
+        begin, end = max(left[at][0], right[of][0]), min(left[at][1], right[of][1])
+        if begin < end:
+            found.append((begin, end))
+        if left[at][1] < right[of][1]:
+            at += 1
+        else:
+            of += 1
+    return found
+
+
+def without(some: Iterable[Stretch], others: Iterable[Stretch]) -> list[Stretch]:
+    """The time that lies in the first and not in the second.
+
+    >>> without([(0, 10)], [(2, 3), (5, 20)])
+    [(0, 2), (3, 5)]
+    """
+    left: list[Stretch] = []
+    taken = union(others)
+    ends = [end for _, end in taken]
+    for begin, end in union(some):
+        for cut_begin, cut_end in taken[bisect_right(ends, begin) :]:
+            if cut_begin >= end:
+                break
+            left.append((begin, cut_begin))
+            begin = cut_end
+        left.append((begin, end))
+    return union(left)
+
+
+def length(stretches: Iterable[Stretch]) -> float:
+    """How long they are together, what several cover counted once."""
+    return sum(end - begin for begin, end in union(stretches))
+
+
+def hidden_fraction(flights: Iterable[Stretch], waits: Iterable[Stretch]) -> float | None:
+    """Of the time in which a rank's rows are in flight, the part in which it did not wait; None where none flew.
+
+    In flight is from handing rows over until the last of those expected has arrived, so a peer that sends late counts
+    as traffic. Packing rows and putting them in order count as computing: a processor does them.
+
+    >>> hidden_fraction([(0, 4), (2, 8)], [(0, 1), (7, 9)])
+    0.75
+    """
+    flying = union(flights)
+    total = length(flying)
+    return None if total == 0 else 1.0 - length(shared(flying, waits)) / total

@@ -1,0 +1,157 @@
+"""How many chunks a call is divided into: a cost model, corrected by what earlier calls took.
+
+More chunks hide more of the traffic, and cost more: each is an exchange and a pass over the experts' weights. The model
+plays the order of events of `crossdock.moe.pipeline` on one link and one processor, for each number of chunks, with
+rates that are typical for the device and, on a CPU, two factors: measured over predicted time, of exchanges and of
+products. The factors and the number of tokens are gathered at each call, and the worst of each is taken, so that all
+ranks choose the same number.
+
+Rejected: a probe when the layer is built. Links that are throttled let a short burst through at full rate, so a probe
+short enough to go unnoticed measures something else. Rejected: fitting fixed costs too. One call has too few
+sizes to tell them from rates. On a GPU the host does not wait and has nothing to measure: assumed rates stay.
+
+Legend: T tokens, K experts per token, W ranks.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from crossdock.comm import Codec
+from crossdock.comm.transport import Transport
+from crossdock.moe.config import MoEConfig
+
+CANDIDATES = (1, 2, 4, 6, 8)  # three leave a quarter of the traffic in sight, four a sixth
+WORTH = 0.98  # more chunks must save this much: fewer rows a product are slower in ways the model does not know
+UNIT = 1_000_000  # factors are gathered as integers
+SHORT = 0.1  # of the time since rows were sent
+MOST = 1e4  # times faster or slower than assumed
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds: of an exchange of no rows, of a byte, of a pass over the experts without rows, of a weight's byte, of an
+    operation (a multiplication or an addition)."""
+
+    exchange_s: float
+    byte_s: float
+    pass_s: float
+    weight_byte_s: float
+    operation_s: float
+
+    def scaled(self, exchange: float, products: float) -> "Rates":
+        """With bytes and operations slower by these factors; what does not grow with the rows stays."""
+        return replace(self, byte_s=self.byte_s * exchange, operation_s=self.operation_s * products)
+
+
+CPU = Rates(exchange_s=5e-4, byte_s=1e-9, pass_s=1e-4, weight_byte_s=1e-10, operation_s=2e-11)
+NVLINK = Rates(exchange_s=5e-5, byte_s=1 / 150e9, pass_s=3e-5, weight_byte_s=1 / 3e12, operation_s=1 / 400e12)
+NETWORK = replace(NVLINK, exchange_s=1e-4, byte_s=1 / 45e9)  # as published for 16 to 64 H800 with 400 Gbit/s each
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a layer's rows cost: K, bytes of a row on its way there and back, operations a row, bytes of weights."""
+
+    top_k: int
+    row_bytes: int
+    back_bytes: int
+    row_operations: int
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, config: MoEConfig, dtype: torch.dtype, slots: int, codec: Codec | None) -> "Work":
+        """Of a layer with that many slots on each rank."""
+        back_bytes = config.hidden_size * dtype.itemsize
+        row_bytes = back_bytes if codec is None else codec.row_bytes(config.hidden_size)
+        values = 3 * config.hidden_size * config.expert_size
+        held = dtype.itemsize if config.quant.kind == "none" else 1
+        return cls(config.top_k, row_bytes, back_bytes, 2 * values, values * slots * held)
+
+
+def products_s(rates: Rates, work: Work, rows: float) -> float:
+    """One pass of `rows` rows through the experts of a rank."""
+    return rates.pass_s + rates.weight_byte_s * work.weight_bytes + rates.operation_s * work.row_operations * rows
+
+
+def exchange_s(rates: Rates, row_bytes: int, rows: float, world_size: int) -> float:
+    """`rows` rows of a rank to all ranks, one in W of which stays."""
+    return rates.exchange_s + rates.byte_s * row_bytes * rows * (world_size - 1) / world_size
+
+
+def predicted_s(rates: Rates, work: Work, shares: list[float], tokens: int, world_size: int) -> float:
+    """How long a layer takes whose tokens are divided into `shares`, which add up to 1; shared experts left out."""
+    rows = [tokens * work.top_k * share for share in shares]
+    link = computed = 0.0
+    arrived: list[float] = []
+
+    def travel(chunk: int, row_bytes: int) -> float:
+        nonlocal link
+        link = max(link, computed) + exchange_s(rates, row_bytes, rows[chunk], world_size)
+        return link
+
+    for chunk in range(len(rows)):
+        while len(arrived) < min(chunk + 2, len(rows)):
+            arrived.append(travel(len(arrived), work.row_bytes))
+        computed = max(computed, arrived[chunk]) + products_s(rates, work, rows[chunk])
+        returned = travel(chunk, work.back_bytes)
+    return returned
+
+
+def chunk_shares(chunks: int) -> list[float]:
+    """Parts of the tokens in each chunk: the first and the last are half as large as the others."""
+    if chunks == 1:
+        return [1.0]
+    half = 1 / (2 * chunks - 2)
+    return [half] + [2 * half] * (chunks - 2) + [half]
+
+
+def best_chunks(rates: Rates, work: Work, tokens: int, world_size: int) -> int:
+    """The number of chunks that takes least time; the fewer where more are hardly worth it."""
+    best = CANDIDATES[0]
+    least_s = predicted_s(rates, work, chunk_shares(best), tokens, world_size)
+    for chunks in CANDIDATES[1:]:
+        took_s = predicted_s(rates, work, chunk_shares(chunks), tokens, world_size)
+        if took_s < WORTH * least_s:
+            best, least_s = chunks, took_s
+    return best
+
+
+class Pace:
+    """What one layer's exchanges and products have taken on this rank, over what was predicted."""
+
+    def __init__(self, transport: Transport, work: Work, device: torch.device) -> None:
+        self.transport, self.work = transport, work
+        self.measures = device.type == "cpu"
+        self.rates = CPU if self.measures else NVLINK if transport.topology.num_nodes == 1 else NETWORK
+        self.exchange = self.products = 1.0
+        self._seen: set[str] = set()
+
+    def choose(self, tokens: int) -> int:
+        """The number of chunks for a call with so many tokens here; a collective, the same on every rank."""
+        own = [tokens, round(self.exchange * UNIT), round(self.products * UNIT)]
+        gathered = self.transport.all_gather(own, "choice of chunks")
+        most, exchange, products = (max(values) for values in zip(*gathered, strict=True))
+        rates = self.rates.scaled(exchange / UNIT, products / UNIT)
+        return best_chunks(rates, self.work, most, self.transport.world_size)
+
+    def saw_exchange(self, rows: int, took_s: float, waited_s: float) -> None:
+        """Rows that this rank sent, alone on the link; where the wait was short, they may have been here for long."""
+        fixed_s, all_s = (exchange_s(self.rates, self.work.row_bytes, n, self.transport.world_size) for n in (0, rows))
+        found = self._learn("exchange", self.exchange, fixed_s, all_s, took_s)
+        self.exchange = found if waited_s > SHORT * took_s else min(found, self.exchange)
+
+    def saw_products(self, rows: int, took_s: float) -> None:
+        """Rows that went through this rank's experts."""
+        fixed_s, all_s = (products_s(self.rates, self.work, n) for n in (0, rows))
+        self.products = self._learn("products", self.products, fixed_s, all_s, took_s)
+
+    def _learn(self, what: str, factor: float, fixed_s: float, all_s: float, took_s: float) -> float:
+        """Half the way to the newest, all of it to the first; from calls in which rows weigh more than the rest."""
+        if not self.measures or all_s < 2 * fixed_s:
+            return factor
+        ratio = (took_s - fixed_s) / (all_s - fixed_s)
+        ratio = min(max(ratio, 1 / MOST), MOST)
+        first = what not in self._seen
+        self._seen.add(what)
+        return ratio if first else (factor + ratio) / 2

@@ -1,0 +1,198 @@
+"""Chunks: while the experts work on one, the next one's rows arrive and the last one's results return.
+
+A `Flow` is one call of a layer. All its plans are made first, because counts gathered behind rows would wait for them
+on the same connections; then rows leave in the one order that all ranks keep (four chunks, D dispatch, C combine):
+
+    started    D0 D1         C0 D2         C1 D3         C2            C3
+    computing       [shared] [experts 0]   [experts 1]   [experts 2]   [experts 3]   [sums]
+
+Nothing hides the first arrival but shared experts, and nothing the last return but sums: the first and last chunk are
+half as large as the others, which with four chunks leaves a sixth of the traffic in sight instead of a quarter.
+
+A row's bits do not depend on its chunk: routing and slots are found for all tokens before they are divided, a row's
+product does not depend on its company, and a token's results are added up within its chunk as they would be alone.
+
+Over nodes rows travel in two legs (`Legs`). The first ones are slow, and leave for all chunks at once; the second is
+started while the chunk before computes. Of the first chunk the node's own rows are computed while the others fly.
+
+Rejected: chunks of experts instead of tokens. Each expert's weights would be read once, and one gather of counts would
+do, but a token would cross to a node once for each chunk, and one loaded expert is one chunk that nothing hides.
+Rejected: sending every chunk at once also where there is one leg. It keeps all rows of a call in memory, and where the
+rate of a link is the bound it is no faster, as the link is never idle either way.
+
+Legend: T tokens, D hidden, K experts per token, R rows received.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from crossdock.comm import DispatchPlan, Exchange, HierarchicalDispatcher, Inbound
+from crossdock.comm.hierarchy import Arriving, Returning
+from crossdock.comm.transport import Pending, Then
+from crossdock.moe.config import ExchangeConfig
+from crossdock.moe.pace import Pace, Work
+from crossdock.moe.streams import Here, make_place
+from crossdock.moe.trace import NO_TRACE, NoTrace
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Legs(Protocol):
+    """What a Pending has, too, where rows go on from where they first arrive: over nodes, then inside one."""
+
+    def advance(self) -> None:
+        """Waits for the leg under way and starts the next; `wait` then has that one to wait for."""
+        ...
+
+
+class Pipeline:
+    """How the calls of one layer are divided into chunks; 0 chunks: as many as the cost model says, anew at each call.
+
+    `work` is what a row costs, and is needed for 0 chunks only. A world of one has one chunk: nothing travels. Latency
+    mode stays on its caller's stream: its kernels that send end before anything arrives.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Exchange,
+        exchange: ExchangeConfig,
+        work: Work,
+        device: torch.device,
+        recorder: NoTrace = NO_TRACE,
+    ) -> None:
+        self.dispatcher, self.recorder = dispatcher, recorder
+        is_throughput = exchange.mode == "throughput"
+        self.place = make_place(device, dispatcher.transport, recorder) if is_throughput else Here()
+        self.chunks = exchange.chunks if dispatcher.transport.world_size > 1 else 1
+        self.pace = Pace(dispatcher.transport, work, device) if self.chunks == 0 else None
+
+    def begin(self, x_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> "Flow":
+        """The plans of all chunks of x [T, D]; no row moves yet. A collective; raises what `Dispatcher.plan` does."""
+        chunks = self.chunks if self.pace is None else self.pace.choose(len(x_TD))
+        with self.recorder.span("plan"):
+            return Flow(self, chunk_slices(len(x_TD), chunks), x_TD, slot_ids_TK, weights_TK)
+
+
+class Flow:
+    """One call: `start`, then one `give_back` for each inbound that iteration gives, then `result`."""
+
+    def __init__(
+        self, pipeline: Pipeline, chunks: list[slice], x_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor
+    ) -> None:
+        self._dispatcher, self._place, self._pace = pipeline.dispatcher, pipeline.place, pipeline.pace
+        self._recorder, self._chunks, self._top_k = pipeline.recorder, chunks, slot_ids_TK.shape[1]
+        self._x, self._weights = _divide(x_TD, chunks), _divide(weights_TK, chunks)
+        self._plans = [self._dispatcher.plan(ids) for ids in _divide(slot_ids_TK, chunks)]
+        self._arriving: deque[Pending[Inbound]] = deque()
+        self._returning: list[Pending[Tensor]] = []
+        self._sent = 0
+        self._began_s = 0.0
+
+    def start(self) -> None:
+        """The first chunk's rows leave, and the second's behind them; all chunks' where rows travel in `Legs`."""
+        self._began_s = time.perf_counter()
+        self._send()
+        while self._sent < len(self._chunks) and (self._sent < 2 or isinstance(self._arriving[0], Legs)):
+            self._send()
+
+    def _send(self) -> None:
+        x_TD, weights_TK, plan = self._x[self._sent], self._weights[self._sent], self._plans[self._sent]
+        with self._recorder.span("send"):
+            self._arriving.append(
+                self._place.start(lambda: self._dispatcher.dispatch_async(x_TD, plan, weights_TK), x_TD, weights_TK)
+            )
+        self._sent += 1
+
+    def __iter__(self) -> Iterator[Inbound]:
+        """Each chunk's rows, when they are there; the next chunk's are under way by then."""
+        for chunk in range(len(self._chunks)):
+            if self._sent < min(chunk + 2, len(self._chunks)):
+                self._send()
+            pending = self._arriving.popleft()
+            self._current, self._is_portion = pending, chunk == 0 and self._has_portions(pending)
+            for part in _portions(pending) if self._is_portion else (pending,):
+                asked_s = time.perf_counter()
+                self._inbound = self._place.finish(part)
+                if chunk == 0 and self._pace is not None:
+                    now_s = time.perf_counter()
+                    self._pace.saw_exchange(len(self._x[0]) * self._top_k, now_s - self._began_s, now_s - asked_s)
+                if chunk and self._arriving:  # whose first leg had the last chunk's products to arrive in
+                    self._advance(self._arriving[0])
+                self._given_s = time.perf_counter()
+                yield self._inbound
+
+    def _has_portions(self, pending: Pending[Inbound]) -> bool:
+        """Not with one chunk, which may be a token's decoding: a portion is a pass over the experts' weights."""
+        return isinstance(pending, Arriving) and len(self._chunks) > 1 and not torch.is_grad_enabled()
+
+    def give_back(self, out_RD: Tensor, plus_TD: Tensor | None) -> None:
+        """The experts' results for the rows that iteration gave last; plus [T, D], of all tokens, joins the sums."""
+        if self._pace is not None:
+            self._pace.saw_products(len(out_RD), time.perf_counter() - self._given_s)
+        with self._recorder.span("give back"):
+            if self._is_portion and self._returning:
+                self._return_portion(self._returning[0], "far", out_RD)
+                return
+            returning = self._begin_return(out_RD, plus_TD)
+        if self._returning:  # whose first leg had this chunk's products to return in
+            self._advance(self._returning[-1])
+        self._returning.append(returning)
+
+    def _begin_return(self, out_RD: Tensor, plus_TD: Tensor | None) -> Pending[Tensor]:
+        chunk, inbound, arriving, dispatcher = len(self._returning), self._inbound, self._current, self._dispatcher
+        weights_TK = self._weights[chunk]
+        plus = plus_TD if plus_TD is None or len(self._chunks) == 1 else plus_TD[self._chunks[chunk]]
+        if not self._is_portion:
+            return self._place.start(
+                lambda: dispatcher.combine_async(out_RD, weights_TK, inbound, plus), out_RD, weights_TK, plus
+            )
+        assert isinstance(arriving, Arriving) and isinstance(dispatcher, HierarchicalDispatcher)
+        returning = self._place.start(
+            lambda: Returning(dispatcher, arriving.plan, weights_TK, arriving.far_weights_AK, plus), weights_TK, plus
+        )
+        self._return_portion(returning, "near", out_RD)
+        return returning
+
+    def _return_portion(self, returning: Pending[Tensor], portion: str, out_RD: Tensor) -> None:
+        plan = self._inbound.plan
+        assert isinstance(returning, Returning) and isinstance(plan, DispatchPlan)
+        self._place.start(lambda: returning.start(portion, out_RD, plan), out_RD)
+
+    def result(self) -> Tensor:
+        """y [T, D], when all results are back."""
+        self._advance(self._returning[-1])
+        with self._recorder.span("sums"):
+            parts = [self._place.finish(returning) for returning in self._returning]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _advance(self, pending: Pending[T]) -> None:
+        if isinstance(pending, Legs):
+            self._place.start(pending.advance)
+
+
+def _portions(pending: Pending[Inbound]) -> Iterator[Pending[Inbound]]:
+    assert isinstance(pending, Arriving)
+    portions = pending.portions()
+    return iter([Then(lambda: next(portions))] * 2)
+
+
+def chunk_slices(tokens: int, chunks: int) -> list[slice]:
+    """Slices of the tokens, the first and the last half as long as the others; some are empty where tokens are few.
+
+    >>> chunk_slices(12, 4)
+    [slice(0, 2, None), slice(2, 6, None), slice(6, 10, None), slice(10, 12, None)]
+    """
+    halves = [0, *range(1, 2 * chunks - 2, 2), 2 * chunks - 2] if chunks > 1 else [0, 1]
+    ends = [tokens * at // halves[-1] for at in halves]
+    return [slice(begin, end) for begin, end in pairwise(ends)]
+
+
+def _divide(tensor: Tensor, chunks: list[slice]) -> list[Tensor]:
+    return [tensor] if len(chunks) == 1 else [tensor[chunk] for chunk in chunks]

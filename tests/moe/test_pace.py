@@ -1,0 +1,62 @@
+"""The cost model: how many chunks, from what was gathered and measured."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from crossdock import LocalWorld
+from crossdock.comm import LocalTransport, Transport
+from crossdock.moe.pace import CPU, Pace, Work, best_chunks, chunk_shares, predicted_s
+
+WORK = Work(top_k=8, row_bytes=4096, back_bytes=4096, row_operations=6 * 2048 * 768, weight_bytes=96 * 2048 * 768)
+
+
+def test_cost_model_weighs_traffic_against_what_chunks_cost() -> None:
+    def choose(tokens: int = 4096, **slower: float) -> int:
+        return best_chunks(CPU.scaled(slower.get("exchange", 1.0), slower.get("products", 1.0)), WORK, tokens, 4)
+
+    assert choose(tokens=0) == choose(tokens=1) == 1, "nothing to hide"
+    assert choose(exchange=1e-4) == 1, "traffic costs nothing, so hiding it saves nothing"
+    assert choose(exchange=30.0) > choose(exchange=5.0) >= 4, "traffic and products are even, and a sixth"
+    assert choose(exchange=5.0) > choose(exchange=5.0, tokens=8), "weights are read again for each chunk"
+
+
+def test_cost_model_times_one_chunk_as_a_sum() -> None:
+    rows = 4096 * 8
+    link_s = CPU.exchange_s + CPU.byte_s * 4096 * rows * 3 / 4
+    products_s = CPU.pass_s + CPU.weight_byte_s * WORK.weight_bytes + CPU.operation_s * WORK.row_operations * rows
+    assert predicted_s(CPU, WORK, [1.0], 4096, 4) == pytest.approx(2 * link_s + products_s)
+
+
+def test_cost_model_hides_all_but_the_ends() -> None:
+    """With no cost of a chunk, and products as long as the traffic, a layer takes its products and the two ends."""
+    rates = replace(CPU, exchange_s=0.0, pass_s=0.0, weight_byte_s=0.0, byte_s=1e-9, operation_s=2e-9)
+    work = Work(1, 1000, 1000, 1000, 0)
+    took_s = predicted_s(rates, work, chunk_shares(6), 10_000, 10**9)
+    assert took_s == pytest.approx(10_000 * 2e-6 * (1 + 1 / 10), rel=0.01)
+
+
+def test_all_ranks_choose_the_same_number_from_what_they_measured() -> None:
+    def choose(transport: Transport) -> list[int]:
+        pace = Pace(transport, WORK, torch.device("cpu"))
+        first = pace.choose(4096 * transport.rank)
+        if transport.rank == 1:  # one slow link is everybody's
+            pace.saw_exchange(1000, 0.1, 0.1)
+        return [first, pace.choose(4096 * transport.rank)]
+
+    chosen = LocalWorld(3).run(choose)
+    assert chosen[0] == chosen[1] == chosen[2]
+    assert chosen[0][0] != chosen[0][1]
+
+
+def test_measured_times_move_the_prediction() -> None:
+    pace = Pace(LocalTransport(), WORK, torch.device("cpu"))
+    operations_s = CPU.operation_s * WORK.row_operations * 500
+    expected_s = CPU.pass_s + CPU.weight_byte_s * WORK.weight_bytes + operations_s
+    pace.saw_products(500, expected_s + 2 * operations_s)
+    assert pace.products == pytest.approx(3.0)
+    pace.saw_products(500, expected_s)
+    assert pace.products == pytest.approx(2.0)
+    pace.saw_products(1, 1.0)
+    assert pace.products == pytest.approx(2.0), "one row tells nothing about rates"
