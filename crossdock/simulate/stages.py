@@ -1,0 +1,241 @@
+"""The stages of one chunk of tokens, as `comm` does them: where rows are gathered, sent, put in order and summed.
+
+A form gives the stages between which other chunks' work can run, so that schedule.py can put several chunks in the
+order of `crossdock.moe.pipeline`:
+
+    plan        counts gathered, integers that say which row is whose
+    send        rows leave; those that go over rails leave first
+    place       rows of a node's own tokens are put in order by slot (and decoded)
+    pass_on     rows that came over a rail go on inside the node
+    arrive      all others are put in order
+    products    the experts
+    give_back   results leave for where their rows came from
+    pass_back   results of other nodes' tokens are summed and go back over the rail
+    finish      results are summed at home
+
+Legend: T tokens, K experts per token, W ranks, N nodes, M ranks a node, U rows as they arrive, R rows by slot.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from crossdock.simulate.cost import INNER, OUTER, Costs, Stage
+from crossdock.simulate.traffic import Counts, Traffic
+
+INDEX_BYTES = 4  # of the integer that says which row stands in a place, and of a slot's id and a weight on a rail
+WORTH_BYTES = 1 << 18  # that must be saved a rank, for a token to travel once for several experts: `comm.once`
+
+Stages = list[Stage]
+
+
+@dataclass(frozen=True)
+class FlatStages:
+    """Rows straight to the ranks that hold the experts."""
+
+    costs: Costs
+    traffic: Traffic
+    fp8: bool = False
+    is_plain: bool = False
+
+    @property
+    def _row(self) -> int:
+        shape = self.costs.shape
+        return shape.fp8_row if self.fp8 else shape.native_row
+
+    @property
+    def _is_once(self) -> bool:
+        traffic = self.traffic
+        return not self.is_plain and worth_once(traffic.flat_WW, traffic.once_WW, self._row)
+
+    def plan(self) -> Stages:
+        costs, flat_WW = self.costs, self.traffic.flat_WW
+        stages = [costs.planning(self.traffic.tokens_W * self.traffic.top_k)]
+        if self._is_once:
+            stages.append(costs.exchange("index", OUTER, "plan", "plan", flat_WW * INDEX_BYTES))
+        return stages
+
+    def send(self) -> Stages:
+        costs, traffic = self.costs, self.traffic
+        rows_WW = traffic.once_WW if self._is_once else traffic.flat_WW
+        gather_W = costs.gather(rows_WW.sum(1), self._row)
+        if self.fp8:
+            gather_W = gather_W + costs.encode(traffic.tokens_W)
+        return [
+            costs.work("gather", "dispatch", gather_W),
+            costs.exchange("dispatch", OUTER, "dispatch", "arrive", rows_WW * self._row),
+        ]
+
+    def place(self) -> Stages:
+        return []
+
+    def pass_on(self) -> Stages:
+        return []
+
+    def arrive(self) -> Stages:
+        costs, traffic = self.costs, self.traffic
+        rows_W = (traffic.once_WW if self._is_once else traffic.flat_WW).sum(0)
+        return [arrange(costs, "arrange", rows_W, traffic.rows_W, self.fp8)]
+
+    def products(self) -> Stages:
+        return [self.costs.products(self.traffic, self.traffic.rows_W)]
+
+    def give_back(self) -> Stages:
+        costs, traffic = self.costs, self.traffic
+        native = costs.shape.native_row
+        return [
+            costs.work("restore", "combine", costs.gather(traffic.rows_W, native)),
+            costs.exchange("combine", OUTER, "combine", "finish", traffic.flat_WW.T * native),
+        ]
+
+    def pass_back(self) -> Stages:
+        return []
+
+    def finish(self) -> Stages:
+        return [self.costs.work("sum", "combine", self.costs.reduce(self.traffic.flat_WW.sum(1)))]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What travels inside nodes, from rank to rank: rows as they are sent, a row for each (token, k), and the integers
+    that tell which is which where a token is sent once."""
+
+    rows_WW: Counts
+    each_WW: Counts
+    index_WW: Counts
+
+
+@dataclass(frozen=True)
+class NodeStages:
+    """Rows over rails, or around a ring of nodes, and inside nodes."""
+
+    costs: Costs
+    traffic: Traffic
+    fp8: bool = False
+    is_ring: bool = False
+
+    @property
+    def _row(self) -> int:
+        shape = self.costs.shape
+        return shape.fp8_row if self.fp8 else shape.native_row
+
+    def _inside(self, is_far: bool) -> "Inside":
+        traffic, size = self.traffic, self.traffic.ranks_per_node
+        each_WW, once_WW = (traffic.inside(rows_WW, is_far) for rows_WW in (traffic.flat_WW, traffic.once_WW))
+        rows_WW, index_WW = each_WW.copy(), np.zeros_like(each_WW)
+        for first in range(0, traffic.ranks, size):  # each node decides for itself
+            own = slice(first, first + size), slice(first, first + size)
+            if worth_once(each_WW[own], once_WW[own], self._row):
+                rows_WW[own], index_WW[own] = once_WW[own], each_WW[own]
+        return Inside(rows_WW, each_WW, index_WW)
+
+    @cached_property
+    def _near(self) -> "Inside":
+        return self._inside(False)
+
+    @cached_property
+    def _far(self) -> "Inside":
+        return self._inside(True)
+
+    def plan(self) -> Stages:
+        costs, traffic = self.costs, self.traffic
+        tokens_W, arriving_W = traffic.tokens_W, traffic.rail_WW.sum(0)
+        stages = [
+            costs.planning((2 * tokens_W + arriving_W) * traffic.top_k + tokens_W * traffic.nodes),
+            costs.exchange("slots", OUTER, "plan", "plan", traffic.rail_WW * (traffic.top_k * INDEX_BYTES)),
+        ]
+        for inside in (self._near, self._far):
+            if inside.index_WW.any():
+                stages.append(costs.exchange("index", INNER, "plan", "plan", inside.index_WW * INDEX_BYTES))
+        return stages
+
+    def send(self) -> Stages:
+        costs, traffic = self.costs, self.traffic
+        rail_WW, near_WW = traffic.rail_WW, self._near.rows_WW
+        gather_W = costs.gather(rail_WW.sum(1), self._row)
+        if self.fp8:
+            gather_W = gather_W + costs.encode(traffic.tokens_W)
+        if self.is_ring:
+            over = costs.ring("dispatch between nodes", "dispatch", "pass_on", traffic.ring_NM * self._row)
+        else:
+            over = costs.exchange("dispatch between nodes", OUTER, "dispatch", "pass_on", rail_WW * self._row)
+        return [
+            costs.work("gather for other nodes", "dispatch", gather_W),
+            over,
+            costs.exchange("weights", OUTER, "dispatch", "pass_back", rail_WW * (traffic.top_k * INDEX_BYTES)),
+            costs.work("gather for the node", "dispatch", costs.gather(near_WW.sum(1), self._row)),
+            costs.exchange("dispatch inside nodes", INNER, "dispatch", "place", near_WW * self._row),
+        ]
+
+    def place(self) -> Stages:
+        return [self._arranged("arrange own", self._near)]
+
+    def pass_on(self) -> Stages:
+        costs, far_WW = self.costs, self._far.rows_WW
+        return [
+            costs.work("gather what came over", "dispatch", costs.gather(far_WW.sum(1), self._row)),
+            costs.exchange("dispatch of what came over", INNER, "dispatch", "arrive", far_WW * self._row),
+        ]
+
+    def arrive(self) -> Stages:
+        return [self._arranged("arrange what came over", self._far)]
+
+    def _arranged(self, name: str, inside: Inside) -> Stage:
+        return arrange(self.costs, name, inside.rows_WW.sum(0), inside.each_WW.sum(0), self.fp8)
+
+    def products(self) -> Stages:
+        return [self.costs.products(self.traffic, self.traffic.rows_W)]
+
+    def give_back(self) -> Stages:
+        return [*self.give_back_far(), *self.give_back_own()]
+
+    def products_of_own(self) -> Stages:
+        """Of the node's own tokens alone, while other nodes' rows are under way."""
+        return [self.costs.products(self.traffic, self._near.each_WW.sum(0))]
+
+    def products_of_far(self) -> Stages:
+        return [self.costs.products(self.traffic, self._far.each_WW.sum(0))]
+
+    def give_back_own(self) -> Stages:
+        return self._back("own", self._near, "finish")
+
+    def give_back_far(self) -> Stages:
+        return self._back("other nodes'", self._far, "pass_back")
+
+    def _back(self, whose: str, inside: Inside, until: str) -> Stages:
+        costs, native, rows_WW = self.costs, self.costs.shape.native_row, inside.each_WW
+        return [
+            costs.work(f"restore {whose}", "combine", costs.gather(rows_WW.sum(0), native)),
+            costs.exchange(f"combine {whose} inside nodes", INNER, "combine", until, rows_WW.T * native),
+        ]
+
+    def pass_back(self) -> Stages:
+        costs, traffic, native = self.costs, self.traffic, self.costs.shape.native_row
+        if self.is_ring:
+            over = costs.ring("combine between nodes", "combine", "finish", traffic.ring_NM * native)
+        else:
+            over = costs.exchange("combine between nodes", OUTER, "combine", "finish", traffic.rail_WW.T * native)
+        return [costs.work("sum other nodes'", "combine", costs.reduce(self._far.each_WW.sum(1))), over]
+
+    def finish(self) -> Stages:
+        costs, native = self.costs, self.costs.shape.native_row
+        sums_W = self.traffic.tokens_W + self.traffic.rail_WW.sum(1)  # a node's own, and those that came back
+        seconds_W = costs.reduce(self._near.each_WW.sum(1) + sums_W) + costs.gather(sums_W, native)
+        return [costs.work("sum", "combine", seconds_W)]
+
+
+def arrange(costs: Costs, name: str, arrived_W: Counts, rows_W: Counts, fp8: bool) -> Stage:
+    """Rows as they arrived -> rows by slot, in the form that the experts take."""
+    native = costs.shape.native_row
+    if costs.shape.fp8_experts:  # their products gather, and quantise what does not come in FP8
+        quantised_W = costs.encode(0 * arrived_W if fp8 else arrived_W)
+        return costs.work(name, "dispatch", quantised_W)
+    gather_W = costs.gather(rows_W, native)
+    return costs.work(name, "dispatch", gather_W + costs.decode(arrived_W) if fp8 else gather_W)
+
+
+def worth_once(each_WW: Counts, once_WW: Counts, row_bytes: int) -> bool:
+    """Whether tokens travel once to a rank with several of their experts, as `comm.once.is_worth_it` decides."""
+    saved_WW = each_WW - once_WW
+    return int(saved_WW.sum() - np.trace(saved_WW)) * row_bytes > len(each_WW) * WORTH_BYTES
