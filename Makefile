@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test check format audit bench bench-gpu clean
+.PHONY: help setup demo test check format audit bench bench-gpu soak clean
 
 help:
 	@echo "make demo    set up .venv, then generate with the bundled checkpoint over 4 ranks"
@@ -14,6 +14,7 @@ help:
 	@echo "make audit   compile every kernel for sm_90, sm_100 and gfx942"
 	@echo "make bench   measure, beside torch and transformers"
 	@echo "make bench-gpu  test and measure the kernels on this machine's GPU; writes benchmarks/results"
+	@echo "make soak    kill, stop and delay ranks 200 times; every other rank must name the right one"
 	@echo "make clean   remove .venv and caches"
 
 setup: $(READY)
@@ -60,6 +61,9 @@ bench: setup
 
 bench-gpu: setup
 	@$(BIN)/python benchmarks/bench_gpu.py
+
+soak: setup
+	@$(BIN)/python benchmarks/soak.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -18,24 +18,27 @@ if TYPE_CHECKING:
     from crossdock.gemm import QuantSpec
     from crossdock.models.generate import generate
     from crossdock.models.registry import load_model
-    from crossdock.moe import MoEConfig, MoELayer
-    from crossdock.parallel import EPGroup, ExpertPlacement, init, rebalance
+    from crossdock.moe import ExchangeConfig, MoEConfig, MoELayer, go_on
+    from crossdock.parallel import EPGroup, ExpertPlacement, init, rebalance, recover
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CrossdockError",
     "EPGroup",
+    "ExchangeConfig",
     "ExpertPlacement",
     "LocalWorld",
     "MoEConfig",
     "MoELayer",
     "QuantSpec",
     "generate",
+    "go_on",
     "init",
     "load_model",
     "make_transport",
     "rebalance",
+    "recover",
 ]
 
 _HOMES = {
@@ -44,8 +47,8 @@ _HOMES = {
     "gemm": ("QuantSpec",),
     "models.generate": ("generate",),
     "models.registry": ("load_model",),
-    "moe": ("MoEConfig", "MoELayer"),
-    "parallel": ("EPGroup", "ExpertPlacement", "init", "rebalance"),
+    "moe": ("ExchangeConfig", "MoEConfig", "MoELayer", "go_on"),
+    "parallel": ("EPGroup", "ExpertPlacement", "init", "rebalance", "recover"),
 }
 
 

@@ -17,8 +17,9 @@ class Counting:
 
     def __init__(self, inner: Transport) -> None:
         self.inner, self.name, self.bytes_sent = inner, "counting", 0
-        self.rank, self.world_size, self.timeout_s = inner.rank, inner.world_size, inner.timeout_s
-        self.register, self.all_gather = inner.register, inner.all_gather
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
 
     def all_to_all_rows(self, rows_SD: Tensor, send: list[int], recv: list[int], phase: str) -> Pending[Tensor]:
         self.bytes_sent += rows_SD.nbytes - send[self.rank] * rows_SD[:1].nbytes  # what leaves this rank

@@ -192,7 +192,7 @@ def test_document_names_only_what_exists(document: str) -> None:
     for target in set(re.findall(r"make ([a-z]+)\b", text)) & set(re.findall(r"`make ([a-z]+)`", text)):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make {target}"
     for command in re.findall(r"crossdock (generate|bench|audit|doctor|serve|plan|tune)\b", text):
-        assert command in ("generate", "bench", "audit", "doctor", "tune"), f"{document} names crossdock {command}"
+        assert command != "serve", f"{document} names crossdock {command}"
 
 
 def test_architecture_has_the_layers_that_are_enforced() -> None:

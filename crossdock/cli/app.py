@@ -2,7 +2,7 @@
 
 An error of crossdock's own or of the options is one line `error: ...` on stderr, with exit code 1 or 2. Anything else
 is a defect; it too is one line, and `--debug` shows the traceback. A rank that `--ranks` started hands its error to the
-launcher, which prints it once for all ranks (see launch.py).
+launcher, which prints it once for all ranks (see launch.py); ranks of mpiexec see to that themselves (mpi_side.py).
 """
 
 import os
@@ -18,6 +18,8 @@ from crossdock.cli.bench import bench
 from crossdock.cli.doctor import doctor
 from crossdock.cli.generate import generate
 from crossdock.cli.launch import RankSide
+from crossdock.cli.mpi_side import MpiSide
+from crossdock.cli.plan import plan
 from crossdock.cli.tune import tune
 from crossdock.errors import CrossdockError
 
@@ -67,35 +69,39 @@ app.command()(generate)
 app.command()(doctor)
 app.command()(audit)
 app.command()(tune)
+app.command()(plan)
 app.add_typer(bench, name="bench")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (without the program's name; sys.argv's by default) and returns its exit code."""
-    rank_side = RankSide.from_environment()
+    rank_side, mpi_side = RankSide.from_environment(), MpiSide.from_environment()
     if rank_side is not None:
         rank_side.watch_launcher()
-    invocation = Invocation(list(sys.argv[1:] if argv is None else argv), is_rank=rank_side is not None)
+    if mpi_side is not None:
+        mpi_side.settle()
+    is_rank = rank_side is not None or (mpi_side is not None and mpi_side.ours)
+    invocation = Invocation(list(sys.argv[1:] if argv is None else argv), is_rank)
     command = typer.main.get_command(app)
     try:
         code = command.main(args=list(invocation.argv), prog_name="crossdock", standalone_mode=False, obj=invocation)
         return code if isinstance(code, int) else 0
     except Exception as error:
-        return _fail(error, invocation, rank_side)
+        return _fail(error, invocation, rank_side or mpi_side)
     except KeyboardInterrupt:
-        return _leave(130)
+        return _leave(130, mpi_side)
 
 
-def _fail(error: Exception, invocation: Invocation, rank_side: RankSide | None) -> int:
+def _fail(error: Exception, invocation: Invocation, side: RankSide | MpiSide | None) -> int:
     """Says what went wrong in one line and returns the exit code."""
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return _leave(1)
+        return _leave(1, side)
     if type(error).__name__ == "NoArgsIsHelpError":  # a bare `crossdock` or `crossdock bench`: its message is the help
         print(error.format_message(), end="", file=sys.stderr)  # type: ignore[attr-defined]
         return 2
     if isinstance(error, typer.Abort):
-        return _leave(130)
+        return _leave(130, side)
     code, kind = 1, type(error).__name__
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a value out of range
         code, text = int(getattr(error, "exit_code", 2)), str(error.format_message())
@@ -106,17 +112,19 @@ def _fail(error: Exception, invocation: Invocation, rank_side: RankSide | None) 
     text = " ".join(text.split())
     if invocation.debug:
         traceback.print_exception(error)
-    if rank_side is not None:
-        rank_side.report(kind, text, code)
+    if side is not None:
+        side.report(kind, text, code)
     else:
         rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
         named = rank is None or world == "1" or text.startswith("rank ")
         print(f"error: {text}" if named else f"error: rank {rank}: {text}", file=sys.stderr)
-    return _leave(code)
+    return _leave(code, side)
 
 
-def _leave(code: int) -> int:
+def _leave(code: int, side: RankSide | MpiSide | None) -> int:
     """Returns `code`, or leaves at once while ranks are joined: taking the group apart could wait for them."""
+    if isinstance(side, MpiSide):
+        side.end_job(code)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()

@@ -2,15 +2,29 @@
 
 import json
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 
 from crossdock.cli.launch import cores
+from crossdock.cli.mpi_side import find_mpiexec
 from crossdock.cli.request import example_directory
 
-PACKAGES = ("crossdock", "torch", "triton", "numpy", "einops", "safetensors", "tokenizers", "transformers", "mpi4py")
+PACKAGES = (
+    "crossdock",
+    "torch",
+    "triton",
+    "numpy",
+    "einops",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "mpi4py",
+    "mpich",
+)
 
 
 def doctor(
@@ -88,7 +102,36 @@ def _transports(torch: Any) -> dict[str, dict[str, Any]]:
     return {
         "local": {"available": True, "why": "virtual ranks inside one process need nothing"},
         "torch": {"available": bool(found), "why": why},
+        "mpi": _mpi(),
+        "symmetric": _symmetric(torch),
     }
+
+
+def _mpi() -> dict[str, Any]:
+    from crossdock.errors import ConfigError
+    from crossdock.parallel.mpi_launch import library_name, load_mpi
+
+    try:
+        library = library_name(load_mpi())
+    except ConfigError as error:
+        return {"available": False, "why": str(error).removeprefix("transport 'mpi' ")}
+    mpiexec = find_mpiexec()
+    started = f"ranks started by {mpiexec}" if mpiexec else "no mpiexec is found to start ranks with"
+    return {"available": True, "why": f"{library}; {started}"}
+
+
+def _symmetric(torch: Any) -> dict[str, Any]:
+    from crossdock._triton import HAS_TRITON
+
+    if not HAS_TRITON:
+        return {"available": False, "why": "triton is not installed"}
+    if torch.cuda.is_available():
+        found = find_spec("torch.distributed._symmetric_memory") is not None
+        why = "torch's symmetric memory, between GPUs of one NVLink domain" if found else "this torch has none of it"
+        return {"available": found, "why": why}
+    if sys.platform != "linux":
+        return {"available": False, "why": "between processes on CPUs it needs Linux"}
+    return {"available": True, "why": "memory that this machine's processes share, kernels in Triton's interpreter"}
 
 
 def _example() -> dict[str, Any]:

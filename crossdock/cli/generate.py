@@ -8,14 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from crossdock.cli.exchange_options import (
+    Chunks,
+    Hierarchy,
+    HierarchyOption,
+    Mode,
+    ModeOption,
+    Trace,
+    TwoBatch,
+    Wire,
+    WireOption,
+    check_trace,
+)
 from crossdock.cli.launch import rank_command, run_ranks
 from crossdock.cli.request import Request, read_request
 
 if TYPE_CHECKING:
     from crossdock.cli.runtime import Runtime
+    from crossdock.comm import Transport
     from crossdock.models.generate import Generation
     from crossdock.models.registry import Loaded
     from crossdock.models.sampling import Sampling
+    from crossdock.moe import ExchangeConfig
 
 
 class Dtype(str, Enum):
@@ -43,7 +57,7 @@ def generate(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="What to compute in; the checkpoint's own by default.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU for each rank where there is one.")] = None,
-    transport: Annotated[str, typer.Option(help="What carries rows: auto, local or torch.")] = "auto",
+    transport: Annotated[str, typer.Option(help="What carries rows: auto, local, torch, mpi or symmetric.")] = "auto",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0: from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass.")] = 1.0,
@@ -54,22 +68,35 @@ def generate(
             min=0, help="Most tokens the MTP layer drafts a step, which changes no token; 3 where there is one."
         ),
     ] = None,
+    hierarchy: HierarchyOption = Hierarchy.flat,
+    wire: WireOption = Wire.native,
+    mode: ModeOption = Mode.throughput,
+    chunks: Chunks = 1,
+    two_batch: TwoBatch = False,
+    trace: Trace = None,
     timeout: Annotated[float, typer.Option(max=1e6, help="Longest wait for another rank, in seconds.")] = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
     """Generates text, experts spread over the ranks."""
     request = read_request(checkpoint, prompt or [], prompt_ids or [], max_new_tokens, draft_tokens)
+    check_trace(trace)
     if ranks is not None and not ctx.obj.is_rank:
         command = rank_command(ctx.obj.argv)  # also where it is 1: --ranks under torchrun is a mistake
         if ranks > 1:
-            raise typer.Exit(run_ranks(command, ranks, debug=ctx.obj.debug))
+            raise typer.Exit(run_ranks(command, ranks, debug=ctx.obj.debug, transport=transport))
     from crossdock.cli.runtime import join_ranks
     from crossdock.models.sampling import Sampling
+    from crossdock.moe import ExchangeConfig
+    from crossdock.moe.trace import traced
 
+    bounded: Any = {"on_overflow": "grow"} if mode is Mode.latency else {}  # a prompt may be longer than a buffer
+    exchange = ExchangeConfig(hierarchy.value, wire.value, mode.value, chunks=chunks, **bounded)
     sampling = Sampling(temperature, top_k, top_p, seed)
     with join_ranks(device, transport, timeout) as runtime:
-        loaded, result = _run(request, runtime, dtype, sampling, draft_tokens, as_json)
-        answer = _answer(request, runtime, loaded, result)
+        with traced(trace, runtime.transport, runtime.group.device) as link:
+            model = _load(request, runtime, link, dtype, exchange, two_batch)
+            result = _run(request, runtime, model, sampling, draft_tokens, as_json)
+        answer = _answer(request, runtime, model, result)
         if runtime.group.rank == 0 and as_json:
             print(json.dumps(answer), flush=True)
         elif runtime.group.rank == 0:
@@ -79,27 +106,47 @@ def generate(
             show_generation(answer, runtime.why | {"dtype": why_dtype})
 
 
+def _load(
+    request: Request,
+    runtime: "Runtime",
+    transport: "Transport",
+    dtype: Dtype | None,
+    exchange: "ExchangeConfig",
+    two_batch: bool,
+) -> "Loaded":
+    """The model, with a progress bar on rank 0."""
+    import torch
+
+    from crossdock.cli.show import loading_bar
+    from crossdock.models.registry import checkpoint_dtype, load_model
+
+    compute = checkpoint_dtype(request.config) if dtype is None else getattr(torch, dtype.value)
+    with loading_bar(shown=runtime.group.rank == 0) as progress:
+        return load_model(
+            request.directory,
+            transport,
+            dtype=compute,
+            device=runtime.group.device,
+            exchange=exchange,
+            two_batch=two_batch,
+            progress=progress,
+        )
+
+
 def _run(
     request: Request,
     runtime: "Runtime",
-    dtype: Dtype | None,
+    loaded: "Loaded",
     sampling: "Sampling",
     draft_tokens: int | None,
     quiet: bool,
-) -> tuple["Loaded", "Generation"]:
-    """Loads the model and generates; on rank 0 with a progress bar, and a single prompt's text as it comes."""
-    import torch
-
-    from crossdock.cli.show import TextStream, loading_bar
+) -> "Generation":
+    """Generates; on rank 0 a single prompt's text is shown as it comes."""
+    from crossdock.cli.show import TextStream
     from crossdock.models.generate import DRAFT_TOKENS
     from crossdock.models.generate import generate as generate_tokens
-    from crossdock.models.registry import checkpoint_dtype, load_model
 
-    group = runtime.group
-    compute = checkpoint_dtype(request.config) if dtype is None else getattr(torch, dtype.value)
-    with loading_bar(shown=group.rank == 0) as progress:
-        loaded = load_model(request.directory, runtime.transport, dtype=compute, device=group.device, progress=progress)
-    streaming = not quiet and group.rank == 0 and len(request.prompts) == 1
+    streaming = not quiet and runtime.group.rank == 0 and len(request.prompts) == 1
     stream = TextStream(request, sys.stdout) if streaming else None
     model: Any = loaded.model
     result = generate_tokens(
@@ -110,13 +157,13 @@ def _run(
         sampling=sampling,
         stop_ids=loaded.stop_ids,
         draft_tokens=draft_tokens if draft_tokens is not None else DRAFT_TOKENS if model.has_mtp else 0,
-        dtype=compute,
-        device=group.device,
+        dtype=next(model.parameters()).dtype,
+        device=runtime.group.device,
         on_token=stream,
     )
     if stream is not None:
         stream.close()
-    return loaded, result
+    return result
 
 
 def _answer(request: Request, runtime: "Runtime", loaded: "Loaded", result: "Generation") -> dict[str, Any]:

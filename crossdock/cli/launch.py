@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import IO, Any
 
+from crossdock.cli.mpi_side import CONSEQUENCES, exec_mpiexec, mpiexec_place
 from crossdock.errors import ConfigError
 
 REPORT_FD = "CROSSDOCK_REPORT_FD"
@@ -35,7 +36,6 @@ STOP_S = 3.0  # how long a rank may take to end after SIGTERM before it is kille
 # last bits of products change with their number, and where cores are shared, threads that spin for one another stall.
 RANK_THREADS = 1
 LONGEST_REPORT = 3000  # bytes of text; with its frame it stays below PIPE_BUF, so that ranks never interleave
-CONSEQUENCES = ("RankFailure", "CommTimeout")  # errors that another rank's failure brings about
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class RankSide:
 
 
 def under_launcher() -> bool:
-    """Whether torchrun, or our own launcher, started this process as one of several ranks."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether torchrun, mpiexec or our own launcher started this process as one of several ranks."""
+    return ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or mpiexec_place() is not None
 
 
 def rank_command(argv: Sequence[str]) -> list[str]:
@@ -89,18 +89,26 @@ def rank_command(argv: Sequence[str]) -> list[str]:
     Raises ConfigError where this process is itself a rank of another launcher.
     """
     if under_launcher():
-        raise ConfigError(
-            "--ranks starts the ranks itself and cannot be used under torchrun, which has already "
-            f"(RANK={os.environ['RANK']}, WORLD_SIZE={os.environ['WORLD_SIZE']})"
+        place = mpiexec_place()
+        who = (
+            f"mpiexec, which has already ({place[1]} of them)"
+            if place
+            else (f"torchrun, which has already (RANK={os.environ['RANK']}, WORLD_SIZE={os.environ['WORLD_SIZE']})")
         )
+        raise ConfigError(f"--ranks starts the ranks itself and cannot be used under {who}")
     return [sys.executable, "-m", "crossdock", *argv]
 
 
-def run_ranks(command: Sequence[str], ranks: int, *, debug: bool = False, grace_s: float = GRACE_S) -> int:
+def run_ranks(
+    command: Sequence[str], ranks: int, *, debug: bool = False, transport: str = "auto", grace_s: float = GRACE_S
+) -> int:
     """Runs `command` on `ranks` ranks and returns the exit code: 0, a failed rank's, or 128 + the signal that came.
 
-    Returns only when no rank is left. Prints one line on stderr where a rank failed.
+    Returns only when no rank is left. Prints one line on stderr where a rank failed. Ranks of the transport "mpi" are
+    started by mpiexec, which takes the place of this process.
     """
+    if transport == "mpi":
+        exec_mpiexec(command, ranks, RANK_THREADS)
     with _Ranks(command, ranks, debug) as running:
         return running.wait(grace_s)
 

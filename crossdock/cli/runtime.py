@@ -9,8 +9,13 @@ import torch
 
 from crossdock.cli.launch import RANK_THREADS
 from crossdock.comm import Transport, make_transport
-from crossdock.errors import ConfigError
+from crossdock.errors import ConfigError, PlanMismatch
 from crossdock.parallel import EPGroup, init
+from crossdock.parallel.memory import keep_freed_memory
+from crossdock.parallel.mpi_launch import library_name
+
+# How many ranks this machine has, as torchrun and our launcher, MPICH's and Open MPI's mpiexec say.
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 @dataclass(frozen=True)
@@ -24,22 +29,30 @@ class Runtime:
 
 @contextmanager
 def join_ranks(device: str | None, transport: str, timeout_s: float) -> Iterator[Runtime]:
-    """Joins the other ranks and leaves the group afterwards, but not after an error: leaving could wait for them."""
+    """Joins the other ranks and leaves the group afterwards; after an error it tells them so and does not wait."""
     local_ranks = _local_ranks()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(RANK_THREADS)
     chosen, why_device = choose_device(device, local_ranks)
     group = init(chosen, timeout_s)
+    if group.device.type == "cpu" and group.world_size > 1:
+        keep_freed_memory()
     link = make_transport(group, transport)
     why_transport = "asked for" if transport != "auto" else _why_transport(group)
-    yield Runtime(group, link, {"device": why_device, "transport": why_transport})
+    try:
+        yield Runtime(group, link, {"device": why_device, "transport": why_transport})
+    except BaseException as error:
+        if not isinstance(error, PlanMismatch):  # which the others find in the same numbers
+            group.abort(f"{type(error).__name__}: {error}")
+        raise
     group.close()
 
 
 def _local_ranks() -> int:
-    value = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    name = next((name for name in LOCAL_SIZES if name in os.environ), LOCAL_SIZES[0])
+    value = os.environ.get(name, "1")
     if not value.isdecimal() or int(value) < 1:
-        raise ConfigError(f"environment variable LOCAL_WORLD_SIZE must be an integer of at least 1, found {value!r}")
+        raise ConfigError(f"environment variable {name} must be an integer of at least 1, found {value!r}")
     return int(value)
 
 
@@ -64,4 +77,6 @@ def choose_device(device: str | None, local_ranks: int) -> tuple[str, str]:
 def _why_transport(group: EPGroup) -> str:
     if group.world_size == 1:
         return "one rank: rows stay in this process"
+    if group.communicator is not None:
+        return f"{group.world_size} ranks on {library_name(group.communicator.mpi)}"
     return f"{group.world_size} ranks on {'NCCL' if group.device.type == 'cuda' else 'gloo'}"

@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from crossdock.cli.bench import timing
-from crossdock.cli.bench.exchange import _case
 from crossdock.cli.bench.launches import record_launches
 from crossdock.cli.bench.router import DEEPSEEK
-from crossdock.cli.runtime import Runtime
-from crossdock.comm import make_transport
-from crossdock.parallel import EPGroup
 from tests.cli.conftest import Run
-from tests.launch import Ranks
 
 
 @pytest.fixture
@@ -85,7 +80,8 @@ def test_layer_agrees_with_its_peer_and_draws(run: Run, tmp_path: Path) -> None:
     code, out, err = run("bench", "layer", "--json", "--device", "cpu", "--dtype", "float32", "--plot", str(picture))
     result = json.loads(out)
     assert code == 0 and err == f"drawn: {picture}\n" and picture.stat().st_size > 1000
-    assert result["launches_per_layer"] > 0 and [case["case"] for case in result["cases"]] == ["decode8", "prefill2048"]
+    assert 0 < result["launches_per_layer"] <= 7 and 0 < result["launches_per_decoder_layer"] <= 12
+    assert [case["case"] for case in result["cases"]] == ["decode8", "prefill2048"]
     for case in result["cases"]:
         assert case["difference"] < 1e-5 and case["tokens_per_s"] > 0
         assert case["ratio"]["transformers"] == min(v for k, v in case["ratio"].items() if k != "transformers")
@@ -104,16 +100,3 @@ def test_ceiling_is_the_slower_bound() -> None:
     ceilings = timing.Ceilings(copy_gbytes_per_s=10.0, matmul_tflops=2.0)
     assert ceilings.share(operations=2e12, moved_bytes=1e9, seconds=2.0) == 0.5
     assert ceilings.share(operations=1e10, moved_bytes=10e9, seconds=4.0) == 0.25
-
-
-def exchange_case(group: EPGroup) -> dict[str, object]:
-    return _case(Runtime(group, make_transport(group)), 32, 4, "skewed")
-
-
-def test_exchange_measures_only_what_it_can() -> None:
-    with Ranks(2) as ranks:
-        cases = ranks.run(exchange_case)
-    for case in cases:
-        assert case["us"] > 0 and case["exchange_speedup_bf16"] == pytest.approx(case["plain_us"] / case["us"])
-        assert case["internode_bytes"] == case["internode_bytes_minimum"] == 0
-        assert case["exchange_speedup_fp8"] is case["hidden_fraction"] is case["speedup_fp8"] is None

@@ -1,128 +1,183 @@
-"""`bench exchange`: dispatch and combine over several ranks against a plain all_to_all_single of the same bytes.
+"""`bench exchange`: dispatch and combine over several ranks, alone and as a whole layer, beside the plain form.
 
-`exchange_speedup_bf16` is plain / ours. What this form of the exchange has no means to measure (an FP8 wire, an
-overlapped layer) is null.
+The plain form is a row for each (token, k) by `all_to_all_single` in bfloat16 (plain_exchange.py). Ours is the
+package's layer, over nodes where there are several, its rows in bfloat16 and in FP8 on the wire. All take turns within
+one run, each from a common start until the last rank is through; ratios are plain / ours. `--emulate 2x2` runs it on
+nodes with slow links between them (cluster.py).
 
-Legend: T tokens a rank, D hidden, E experts, K experts per token, P slots, L slots a rank, S rows sent.
+Legend: T tokens a rank, D hidden, F inner size of an expert.
 """
 
-from typing import Annotated, Any
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crossdock.cli.bench.report import AsJson, Device, Plot, check_plot, deliver, progress
+from crossdock.cli.bench.cluster import Link, Shape, run_on_cluster
+from crossdock.cli.bench.report import AsJson, Device, Plot, check_plot, deliver
 from crossdock.cli.launch import rank_command, run_ranks, under_launcher
+from crossdock.errors import ConfigError
 
-EXPERTS, TOP_K = 64, 8
-CASES = [
-    (hidden, tokens, routing) for hidden in (1024, 4096) for tokens in (8, 256) for routing in ("random", "skewed")
-]
-ROUNDS = 15
+if TYPE_CHECKING:
+    from crossdock.cli.bench.exchange_case import Case, Found
+    from crossdock.cli.runtime import Runtime
+
+ROUTINGS = ("random", "skewed")
+EMULATED = (2048, 4096, 7168), (512, 4096)  # hidden sizes and tokens a rank
+ONE_MACHINE = (2048, 7168), (8, 512)
+BUDGET_S = 30.0  # of a case's rounds, unless three take longer
+# So that products take as long beside the plain form's traffic as on a real cluster: there a rank has 400e12 usable
+# operations a second (H100) behind 45e9 bytes a second, 8900 operations a byte. Here, four ranks on two cores of about
+# 170e9, it has 85e9 behind 48e6 (half of a link of 97 MB/s), 1770 a byte. A row has 6 * D * F operations and 4 * D
+# bytes there and back, so DeepSeek-V3's F of 2048 becomes 2048 * 1770 / 8900 = 407. Where half of the rows cross, as
+# between two nodes, products should take 6 * 2048 / 400e12 / (4 * 0.5 / 45e9) = 0.69 of the plain form's exchange:
+# `compute_to_plain` says what they took.
+EXPERT_SIZE = 384
+SHOWN = ("case", "ratio", "rows_speedup", "internode_bytes", "internode_bytes_minimum", "hidden_fraction",
+         "saved_fraction",          "compute_to_communication", "us")  # fmt: skip
 
 
 def exchange(
     ctx: typer.Context,
     ranks: Annotated[int | None, typer.Option(min=2, help="Ranks to start on this machine; 4 by default.")] = None,
+    emulate: Annotated[str | None, typer.Option(metavar="NxM", help="N nodes of M ranks, slow links between.")] = None,
+    rate_mbit: Annotated[int, typer.Option(help="Rate of an emulated node's link.")] = Link.rate_mbit,
+    latency_us: Annotated[int, typer.Option(help="Latency added to it (needs the kernel's netem).")] = Link.latency_us,
+    hidden: Annotated[list[int] | None, typer.Option(min=1, help="Only this hidden size; repeatable.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Only so many tokens a rank; repeatable.")] = None,
+    routing: Annotated[list[str] | None, typer.Option(help="Only random or only skewed.")] = None,
+    expert_size: Annotated[int, typer.Option(min=1, help="Inner size of an expert.")] = EXPERT_SIZE,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; as time allows by default, 3 to 15.")] = None,
     device: Device = None,
-    timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in seconds.")] = 60.0,
+    timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in seconds.")] = 120.0,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Dispatch and combine over several ranks, beside a plain all-to-all of the same bytes."""
+    """Dispatch, experts and combine over several ranks, beside a plain all-to-all; `--emulate 2x2`: over slow links."""
     check_plot(plot)
-    if not ctx.obj.is_rank and (ranks is not None or not under_launcher()):
-        raise typer.Exit(run_ranks(rank_command(ctx.obj.argv), ranks or 4, debug=ctx.obj.debug))
+    unknown = sorted(set(routing or ()) - set(ROUTINGS))
+    if unknown:
+        raise ConfigError(f"--routing must be one of {', '.join(ROUTINGS)}, found {unknown[0]!r}")
+    if emulate is not None and ranks is not None:
+        raise ConfigError("--emulate NxM says how many ranks there are: leave out --ranks")
+    link = Link(rate_mbit, latency_us)
+    if not ctx.obj.is_rank and (ranks is not None or emulate is not None or not under_launcher()):
+        raise typer.Exit(_start(rank_command(ctx.obj.argv), ranks or 4, emulate, link, ctx.obj.debug))
     from crossdock.cli.runtime import join_ranks
 
     with join_ranks(device, "auto", timeout) as runtime:
-        cases = [_case(runtime, *case) for case in progress(CASES, "exchange")]
-        nodes = runtime.group.topology.num_nodes
+        default = EMULATED if runtime.group.topology.num_nodes > 1 else ONE_MACHINE
+        chosen = list(product(hidden or default[0], tokens or default[1], routing or ROUTINGS))
+        result = _measure(runtime, chosen, expert_size, rounds, shares_memory=emulate is not None)
+        if emulate is not None:
+            result = {"emulated_link": {"rate_mbit": rate_mbit, "latency_us": latency_us}} | result
         if runtime.group.rank == 0:
-            result = {"world": f"{nodes}x{runtime.group.world_size // nodes}", "transport": runtime.transport.name}
-            deliver(result | {"device": str(runtime.group.device), "cases": cases}, "exchange", as_json, plot)
+            if not as_json:
+                result["cases"] = [{name: case.get(name) for name in SHOWN} for case in result["cases"]]
+            deliver(result, "exchange", as_json, plot)
 
 
-def _case(runtime: Any, hidden: int, tokens: int, routing: str) -> dict[str, Any]:
-    """One line of the result; a collective of all ranks."""
+def _start(command: list[str], ranks: int, emulate: str | None, link: Link, debug: bool) -> int:
+    """The exit code of the command's ranks."""
+    if emulate is None:
+        return run_ranks(command, ranks, debug=debug)
+    return run_on_cluster(command, Shape.parse(emulate), link, debug=debug)
+
+
+def _measure(
+    runtime: "Runtime", chosen: list[tuple[int, int, str]], expert_size: int, rounds: int | None, shares_memory: bool
+) -> dict[str, Any]:
+    """The result; a collective of all ranks. `shares_memory`: all of them run on one machine, whatever nodes they see.
+
+    Raises ConfigError where no case fits into memory.
+    """
     import torch
 
-    from crossdock.comm import Dispatcher
+    from crossdock.cli.bench.exchange_case import Case, Contenders
+    from crossdock.cli.bench.links import measure_links
 
-    group, transport = runtime.group, runtime.transport
-    torch.manual_seed(group.rank)
-    x_TD = torch.randn(tokens, hidden, device=group.device).to(torch.bfloat16)
-    slots = -(-EXPERTS // group.world_size) * group.world_size
-    slot_ids_TK = _choose(tokens, routing).to(group.device)
-    weights_TK = torch.full(slot_ids_TK.shape, 1.0 / TOP_K, device=group.device)
-    dispatcher = Dispatcher(transport, slots, hidden, torch.bfloat16)
-    plan = dispatcher.plan(slot_ids_TK)
+    began, group, transport = time.perf_counter(), runtime.group, runtime.transport
+    topology = group.topology
+    here = group.world_size if shares_memory else len(topology.ranks_of_node(topology.node_of_rank[group.rank]))
+    cases, left_out = _fitting(runtime, [Case(*case) for case in chosen], here, expert_size, _free_bytes())
+    with torch.inference_mode():
+        links = measure_links(transport) if group.device.type == "cpu" else None
+        rows = []
+        for hidden in dict.fromkeys(case.hidden for case in cases):
+            contenders = Contenders(group, transport, hidden, expert_size)
+            for case in cases:
+                if case.hidden == hidden:
+                    rows.append(_row(case, contenders.measure(case, BUDGET_S, rounds)))
+                    _told(runtime, rows[-1], f"{len(rows)}/{len(cases)}")
+    nodes = topology.num_nodes
+    result = {"world": f"{nodes}x{group.world_size // nodes}", "transport": transport.name, "device": str(group.device)}
+    extra: dict[str, Any] = {"links": links} if links else {}
+    extra |= {"left_out": left_out} if left_out else {}
+    return result | extra | {"expert_size": expert_size, "seconds": time.perf_counter() - began, "cases": rows}
 
-    def ours() -> None:
-        inbound = dispatcher.dispatch(x_TD, dispatcher.plan(slot_ids_TK))
-        dispatcher.combine(inbound.rows_RD, weights_TK, inbound)
 
-    sent_SD = x_TD.new_zeros(sum(plan.send_counts), hidden)
-    arrived_RD = x_TD.new_zeros(sum(plan.recv_counts), hidden)
-
-    def plain() -> None:
-        torch.distributed.all_to_all_single(arrived_RD, sent_SD, plan.recv_counts, plan.send_counts)
-        torch.distributed.all_to_all_single(sent_SD, arrived_RD, plan.send_counts, plan.recv_counts)
-
-    with torch.no_grad():
-        took_us, plain_us = _in_turn(runtime, [ours, plain])
-    actual, least = _internode_bytes(runtime, slot_ids_TK, slots // group.world_size, hidden * 2)
-    return {
-        "case": f"D={hidden} T={tokens} {routing}",
-        "hidden": hidden,
-        "tokens_per_rank": tokens,
-        "routing": routing,
-        "us": took_us,
-        "plain_us": plain_us,
-        "ratio": {"all_to_all_single": plain_us / took_us},
-        "speedup_fp8": None,
-        "speedup_bf16": None,
-        "exchange_speedup_fp8": None,
-        "exchange_speedup_bf16": plain_us / took_us,
-        "internode_bytes": actual,
-        "internode_bytes_minimum": least,
-        "hidden_fraction": None,
+def _fitting(
+    runtime: "Runtime", cases: list["Case"], ranks: int, expert_size: int, free_bytes: int
+) -> tuple[list["Case"], dict[str, str]]:
+    """(cases for whose peak this machine has memory, why not the others); the same on all ranks."""
+    free = min(values[0] for values in runtime.transport.all_gather([free_bytes], "bench memory"))
+    needed = {case: case.peak_bytes(ranks, expert_size) for case in cases}
+    if runtime.group.device.type != "cpu":
+        return cases, {}
+    left_out = {
+        str(case): f"needs about {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        for case, size in needed.items()
+        if size > free
     }
+    if len(left_out) == len(cases):
+        raise ConfigError(f"no case fits into memory: {'; '.join(f'{case} {why}' for case, why in left_out.items())}")
+    return [case for case in cases if str(case) not in left_out], left_out
 
 
-def _choose(tokens: int, routing: str) -> Any:
-    """K distinct experts a token: all equally likely, or expert e with a weight of 1 / (e + 1)."""
-    import torch
-
-    weight_E = torch.ones(EXPERTS) if routing == "random" else 1.0 / torch.arange(1, EXPERTS + 1)
-    return torch.multinomial(weight_E.expand(tokens, EXPERTS), TOP_K)
-
-
-def _in_turn(runtime: Any, calls: list[Any]) -> list[float]:
-    """Median microseconds of each call, from a common start until the last rank is through; in turn."""
-    import time
-    from statistics import median
-
-    from crossdock.cli.bench.timing import synchronize
-
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(ROUNDS + 2):
-        for call, own in zip(calls, times, strict=True):
-            runtime.transport.all_gather([0], "bench start")
-            began = time.perf_counter()
-            call()
-            synchronize(runtime.group.device)
-            took = round((time.perf_counter() - began) * 1e9)
-            slowest = max(values[0] for values in runtime.transport.all_gather([took], "bench end"))
-            if turn >= 2:  # the first two warm up
-                own.append(slowest / 1e3)
-    return [median(own) for own in times]
+def _free_bytes() -> int:
+    """What Linux says can be had without swapping; elsewhere nobody is asked, and anything fits."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 1 << 62
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
 
 
-def _internode_bytes(runtime: Any, slot_ids_TK: Any, slots_per_rank: int, row_bytes: int) -> tuple[int, int]:
-    """(bytes that cross between nodes in one dispatch, bytes if each token crossed to a node once), over all ranks."""
-    node_of_rank, own = runtime.group.topology.node_of_rank, runtime.group.topology.node_of_rank[runtime.group.rank]
-    crossings = [[node_of_rank[slot // slots_per_rank] for slot in slots] for slots in slot_ids_TK.tolist()]
-    rows = sum(node != own for nodes in crossings for node in nodes)
-    distinct = sum(node != own for nodes in crossings for node in set(nodes))
-    totals = runtime.transport.all_gather([rows, distinct], "bench bytes")
-    return row_bytes * sum(r for r, _ in totals), row_bytes * sum(d for _, d in totals)
+def _row(case: "Case", found: "Found") -> dict[str, Any]:
+    """One line of the result."""
+    from crossdock.cli.bench.exchange_case import TOP_K
+
+    took = {name: median(times) for name, times in found.times.items()}
+    row: dict[str, Any] = {"case": str(case), "hidden": case.hidden, "tokens_per_rank": case.tokens}
+    row |= {"routing": case.routing, "rounds": len(found.times["plain"])}
+    for wire in ("bf16", "fp8"):
+        row[f"exchange_speedup_{wire}"] = took["plain"] / took[wire]
+        row[f"speedup_{wire}"] = took["plain layer"] / took[f"{wire} layer"]
+    for wire, name in (("bf16", ""), ("fp8", "_fp8")):
+        row[f"internode_bytes{name}"] = found.crossed[wire]
+        row[f"internode_bytes_minimum{name}"] = found.minimum[wire]
+        row[f"internode_metadata_bytes{name}"] = found.metadata[wire]
+        row[f"hidden_fraction{name}"] = found.hidden[wire]
+        # of the exchange's time, what the layer does not take beyond the time of its products
+        row[f"saved_fraction{name}"] = (took[wire] + took["experts"] - took[f"{wire} layer"]) / took[wire]
+    row["internode_bytes_plain"] = found.crossed["plain"]
+    row["compute_to_communication"] = took["experts"] / took["bf16"]
+    row["compute_to_plain"] = took["experts"] / took["plain"]
+    if "rows" in took:
+        row |= {"rows_speedup": took["plain rows"] / took["rows"], "ordering_us": (took["bf16"] - took["rows"]) * 1e6}
+    delivered = 2 * 2 * case.tokens * TOP_K * case.hidden  # bytes of bfloat16 rows to experts and back, a rank
+    row |= {"us": took["bf16"] * 1e6, "gbytes_per_s": delivered / took["bf16"] / 1e9}
+    row["times_us"] = {name: seconds * 1e6 for name, seconds in took.items()}
+    ratios = {f"exchange {wire}": row[f"exchange_speedup_{wire}"] for wire in ("bf16", "fp8")}
+    return row | {"ratio": ratios | {f"layer {wire}": row[f"speedup_{wire}"] for wire in ("bf16", "fp8")}}
+
+
+def _told(runtime: "Runtime", row: dict[str, Any], place: str) -> None:
+    """One line on stderr, by rank 0, as a run takes minutes."""
+    if runtime.group.rank == 0:
+        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratio"].items())
+        print(f"{place}  {row['case']}: {ratios}", file=sys.stderr, flush=True)

@@ -30,7 +30,7 @@ def layer(
     check_plot(plot)
     import torch
 
-    from crossdock.cli.bench.launches import layer_launches
+    from crossdock.cli.bench.launches import interpreted_launches
     from crossdock.cli.bench.timing import compare
 
     chosen, compute = choose(device, dtype)
@@ -43,23 +43,25 @@ def layer(
         ours.pack()
         x_TD = torch.randn(8, shape["hidden_size"], device=chosen).to(compute)
         ours(x_TD)
-        launches = layer_launches() if chosen.type == "cpu" else _launches(ours, x_TD)
+        launches = interpreted_launches() if chosen.type == "cpu" else _launches(ours, x_TD)
         cases = []
         for case, tokens in progress(CASES.items(), "MoE layer"):
             x_TD = torch.randn(tokens, shape["hidden_size"], device=chosen).to(compute)
             took = compare({"crossdock": _call(ours, x_TD)} | {n: _call(p, x_TD) for n, p in peers.items()}, chosen)
             cases.append(_row(case, tokens, took, str(chosen)) | {"difference": _difference(ours, peers, x_TD)})
-    result = {"launches_per_layer": len(launches["none"]), "launches": launches}
+    decoder = max(len(names) for kind, names in launches.items() if kind.startswith("decoder"))
+    result = {"launches_per_layer": len(launches["none"]), "launches_per_decoder_layer": decoder, "launches": launches}
     result |= {"shape": shape | {"dtype": dtype.value}, "threads": threads}
     deliver(result | {"cases": cases}, "MoE layer", as_json, plot)
 
 
 def _launches(layer: Any, x_TD: Any) -> dict[str, list[str]]:
-    from crossdock.cli.bench.launches import record_launches
+    from crossdock.cli.bench.launches import decoder_launches, record_launches
 
     with record_launches(x_TD.device) as names:
         layer(x_TD)
-    return {"none": names}
+    kinds = ("none", "fp8_block")
+    return {"none": names} | {f"decoder {kind}": decoder_launches(kind, x_TD.device) for kind in kinds}
 
 
 def _call(module: Callable[[Any], Any], x_TD: Any) -> Callable[[], Any]:

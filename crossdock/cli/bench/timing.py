@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from crossdock.cli.bench.gpu_clock import GpuClock, Times, compare_on_gpu
+from crossdock.comm import Transport
 
 ROUND_S = 0.02  # a round repeats a call until it took about this long
 ROUNDS = 9
+RANK_ROUNDS = 3, 15  # fewest and most rounds of calls that several ranks make together
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,36 @@ def compare(contenders: dict[str, Callable[[], Any]], device: torch.device, flus
         for name, call in contenders.items():
             rounds[name].append(_seconds(call, repeats[name], device))
     return Times({name: median(times) for name, times in rounds.items()})
+
+
+def compare_ranks(
+    contenders: dict[str, Callable[[], Any]],
+    transport: Transport,
+    device: torch.device,
+    budget_s: float,
+    rounds: int | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of calls that all ranks make, each from a common start until the last rank is through; in turn.
+
+    After a first round that is not counted, as many rounds as `budget_s` has time for, or `rounds`. A collective.
+    """
+    counted = rounds or RANK_ROUNDS[0]
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    turn = -1
+    while turn < counted:
+        for name, call in contenders.items():
+            transport.all_gather([0], "bench start")
+            synchronize(device)
+            began = time.perf_counter()
+            call()
+            synchronize(device)
+            took_ns = round((time.perf_counter() - began) * 1e9)
+            times[name].append(max(values[0] for values in transport.all_gather([took_ns], "bench end")) / 1e9)
+        turn += 1
+        if rounds is None and turn == 0:
+            round_s = sum(own[0] for own in times.values())  # the same on all ranks
+            counted = min(max(int(budget_s / round_s), RANK_ROUNDS[0]), RANK_ROUNDS[1])
+    return {name: own[1:] for name, own in times.items()}
 
 
 def comparable(contenders: dict[str, Callable[[], Any]]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:

@@ -1,0 +1,224 @@
+"""One case of `bench exchange`: the plain form and ours, exchange alone and whole layer, in turn within one run.
+
+Alone, the exchange has experts that do nothing: what arrives, decoded and by slot, is what returns. So a token's result
+is the token times the sum of its weights, and each form is checked by that before its time counts.
+
+Legend: T tokens a rank, D hidden, E experts, K experts per token, L slots a rank, F inner size of an expert.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from crossdock.cli.bench.counted import Counted, crossings
+from crossdock.cli.bench.plain_exchange import Trip, plain_combine, plain_dispatch
+from crossdock.cli.bench.timing import compare_ranks
+from crossdock.comm import DispatchPlan, Inbound, Transport
+from crossdock.errors import CrossdockError
+from crossdock.moe import ExchangeConfig, MoEConfig, MoELayer
+from crossdock.moe.intervals import length, shared
+from crossdock.moe.trace import DeviceClock, HostClock, Recorder, Watched
+from crossdock.moe.wire import Fp8Wire
+from crossdock.parallel import EPGroup, ExpertPlacement
+from crossdock.routing import Routing
+from crossdock.simulate import rank_choices
+
+EXPERTS, TOP_K = 64, 8
+TOLERANCE = {"plain": 0.01, "bf16": 0.01, "fp8": 0.08}  # of the largest value: sums in bfloat16, e4m3 has 3 bits
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    hidden: int
+    tokens: int
+    routing: str  # "random" or "skewed"
+
+    def __str__(self) -> str:
+        return f"D={self.hidden} T={self.tokens} {self.routing}"
+
+    def peak_bytes(self, ranks: int, expert_size: int) -> int:
+        """What `ranks` ranks hold at most, about: rows of bfloat16 six times over, and two layers' experts.
+
+        Six: what the experts alone are measured with; sent or arrived, in order, the experts' own, their results, back.
+        """
+        rows = ranks * self.tokens * TOP_K * self.hidden * 2
+        return 6 * rows + 2 * 2 * 3 * EXPERTS * self.hidden * expert_size
+
+
+@dataclass(frozen=True)
+class Found:
+    """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire.
+
+    crossed, minimum: bytes of rows between nodes in one exchange, there and back, over all ranks, by form; the minimum
+    is each (token, node) pair once. metadata: bytes of integers and weights beside them.
+    """
+
+    times: dict[str, list[float]]
+    hidden: dict[str, float | None]
+    crossed: dict[str, int]
+    minimum: dict[str, int]
+    metadata: dict[str, int]
+
+
+class _Chosen(nn.Module):
+    """Stands where a layer has its router, and gives the same routing at each call."""
+
+    routing: Routing
+
+    def forward(self, x_TD: Tensor, load_E: Tensor, placement_tables: object) -> Routing:
+        return self.routing
+
+
+class Ours:
+    """The package's own layer, its rows in bfloat16 or FP8 on the wire, with bytes and waits recorded."""
+
+    def __init__(self, transport: Transport, wire: str, hidden: int, expert_size: int, device: torch.device) -> None:
+        world_size = transport.world_size
+        self.counted = Counted(transport)
+        self.recorder = Recorder(DeviceClock() if device.type == "cuda" else HostClock())
+        config = MoEConfig(hidden, expert_size, EXPERTS, TOP_K)
+        places = (*range(EXPERTS), *[-1] * (-EXPERTS % world_size))
+        self.layer = MoELayer(
+            config,
+            Watched(self.counted, self.recorder),
+            ExpertPlacement(EXPERTS, world_size, places),
+            exchange=ExchangeConfig("node", "fp8" if wire == "fp8" else "native", chunks=0),
+            device=device,
+        ).requires_grad_(False)
+        self.chosen = _Chosen()
+        self.layer.router = cast(Any, self.chosen)
+
+    def exchange(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        dispatcher = self.layer.dispatcher
+        inbound = dispatcher.dispatch(x_TD, dispatcher.plan(routing.expert_ids_TK), routing.weights_TK)
+        out_RD = inbound.decoded().in_order().rows_RD
+        return dispatcher.combine(out_RD, routing.weights_TK, inbound)
+
+    def whole(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        self.chosen.routing = routing
+        y_TD: Tensor = self.layer(x_TD)
+        return y_TD
+
+
+class Contenders:
+    """All forms at one hidden size, with the same experts."""
+
+    def __init__(self, group: EPGroup, transport: Transport, hidden: int, expert_size: int) -> None:
+        device = group.device
+        self.group, self.transport, self.hidden, self.device = group, transport, hidden, device
+        self.ours = {wire: Ours(transport, wire, hidden, expert_size, device) for wire in ("bf16", "fp8")}
+        layer = self.ours["bf16"].layer
+        self.slots_per_rank = layer.placement.slots_per_rank
+        torch.manual_seed(transport.rank)
+        for weight in layer.experts.parameters():
+            weight.normal_(std=hidden**-0.5)
+        layer.pack()
+        self.experts: Callable[[Inbound], Tensor] = layer.experts
+        self.ours["fp8"].layer.experts = layer.experts
+
+    def _plain_dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Trip]:
+        assert self.group.process_group is not None
+        return plain_dispatch(x_TD, routing.expert_ids_TK, self.slots_per_rank, self.group.process_group)
+
+    def plain_exchange(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        rows_RD, trip = self._plain_dispatch(x_TD, routing)
+        return plain_combine(rows_RD, routing.weights_TK, trip)
+
+    def plain_layer(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        rows_RD, trip = self._plain_dispatch(x_TD, routing)
+        out_RD = self.experts(_inbound(rows_RD, trip))
+        del rows_RD  # as large as what is to come
+        return plain_combine(out_RD, routing.weights_TK, trip)
+
+    def measure(self, case: Case, budget_s: float, rounds: int | None) -> Found:
+        """All forms in turn; a collective of all ranks. Raises CrossdockError where one gives wrong results."""
+        torch.manual_seed(self.transport.rank)  # each rank has its own tokens
+        x_TD = torch.randn(case.tokens, self.hidden, device=self.device).to(torch.bfloat16)
+        routing = choose(case, self.transport.rank, self.device)
+        exchanges = {"plain": self.plain_exchange} | {wire: ours.exchange for wire, ours in self.ours.items()}
+        layers = {"plain layer": self.plain_layer} | {f"{wire} layer": ours.whole for wire, ours in self.ours.items()}
+        for ours in self.ours.values():
+            ours.counted.crossed.clear()
+        for name, form in exchanges.items():
+            self._check(name, form(x_TD, routing), x_TD)
+        crossed, minimum, metadata = self._bytes(routing)
+        calls = {name: _bound(form, x_TD, routing) for name, form in (exchanges | layers).items()}
+        calls |= self._parts(x_TD, routing)
+        times = compare_ranks(calls, self.transport, self.device, budget_s, rounds)
+        hidden = {wire: self._hidden(ours, x_TD, routing) for wire, ours in self.ours.items()}
+        return Found(times, hidden, crossed, minimum, metadata)
+
+    def _bytes(self, routing: Routing) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+        """(rows that crossed, rows that must, integers that crossed): bytes by form, of one exchange of each."""
+        each, once = crossings(routing.expert_ids_TK, self.transport, self.slots_per_rank)
+        found = {"each": each, "once": once}
+        for wire, ours in self.ours.items():
+            found[wire], found[f"{wire} metadata"] = ours.counted.crossed.rows, ours.counted.crossed.metadata
+        total = self._total(found)
+        back = self.hidden * 2
+        crossed = {"plain": total["each"] * 2 * back} | {wire: total[wire] for wire in self.ours}
+        there = {"bf16": back, "fp8": Fp8Wire(self.hidden).row_bytes(self.hidden)}
+        minimum = {wire: total["once"] * (there[wire] + back) for wire in self.ours}
+        return crossed, minimum, {wire: total[f"{wire} metadata"] for wire in self.ours}
+
+    def _parts(self, x_TD: Tensor, routing: Routing) -> dict[str, Callable[[], Any]]:
+        """What shows where time goes: the experts alone, and in one node the plain form's rows alone, by either way."""
+        rows_RD, trip = self._plain_dispatch(x_TD, routing)
+        inbound = _inbound(rows_RD, trip)
+        parts: dict[str, Callable[[], Any]] = {"experts": lambda: self.experts(inbound)}
+        if self.transport.topology.num_nodes > 1:
+            return parts
+        sends, receives = trip.send_counts, trip.recv_counts
+        rows_SD = x_TD.index_select(0, trip.order_S // TOP_K)
+
+        def by_transport() -> None:
+            arrived = self.transport.all_to_all_rows(rows_SD, sends, receives, "dispatch of rows alone").wait()
+            self.transport.all_to_all_rows(arrived, receives, sends, "combine of rows alone").wait()
+
+        def by_torch() -> None:
+            arrived = torch.empty_like(rows_RD)
+            dist.all_to_all_single(arrived, rows_SD, receives, sends, group=trip.group)
+            dist.all_to_all_single(torch.empty_like(rows_SD), arrived, sends, receives, group=trip.group)
+
+        return parts | {"rows": by_transport, "plain rows": by_torch}
+
+    def _check(self, name: str, y_TD: Tensor, x_TD: Tensor) -> None:
+        """Raises CrossdockError where experts that do nothing changed the tokens: weights add up to one."""
+        worst = float((y_TD.float() - x_TD.float()).abs().max() / x_TD.float().abs().max())
+        if not worst <= TOLERANCE[name]:
+            raise CrossdockError(f"rank {self.transport.rank}: {name}: tokens came back changed by {worst:.3g}")
+
+    def _total(self, found: dict[str, int]) -> dict[str, int]:
+        """Summed over the ranks."""
+        gathered = self.transport.all_gather(list(found.values()), "bench bytes")
+        return dict(zip(found, map(sum, zip(*gathered, strict=True)), strict=True))
+
+    def _hidden(self, ours: Ours, x_TD: Tensor, routing: Routing) -> float | None:
+        """Of the time in which rows were in flight in one more call, the part in which its rank did not wait."""
+        ours.recorder.clear()
+        ours.whole(x_TD, routing)
+        told = ours.recorder.told()
+        in_flight, waited = told["in_flight"], shared(told["in_flight"], told["waiting"])
+        flown_ns, seen_ns = round(length(in_flight) * 1e9), round(length(waited) * 1e9)
+        total = self._total({"flown": flown_ns, "seen": seen_ns})
+        return 1.0 - total["seen"] / total["flown"] if total["flown"] else None
+
+
+def choose(case: Case, rank: int, device: torch.device) -> Routing:
+    """K distinct experts a token, drawn as predictions draw them (`crossdock.simulate`); equal weights."""
+    ids_TK = torch.from_numpy(rank_choices(case.routing, rank, case.tokens, EXPERTS, TOP_K)).to(device)
+    return Routing(ids_TK, torch.full(ids_TK.shape, 1.0 / TOP_K, device=device), ids_TK)
+
+
+def _inbound(rows_RD: Tensor, trip: Trip) -> Inbound:
+    return Inbound(rows_RD, trip.ends_L, cast(DispatchPlan, None))  # experts ask for rows and ends only
+
+
+def _bound(form: Callable[[Tensor, Routing], Tensor], x_TD: Tensor, routing: Routing) -> Callable[[], Tensor]:
+    return lambda: form(x_TD, routing)

@@ -1,0 +1,143 @@
+"""`bench exchange` at toy sizes: what it counts, what it compares, and that wrong results are not timed."""
+
+import json
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from crossdock.cli.bench.cluster import Link, Shape, emulated_cluster, run_on_cluster
+from crossdock.cli.bench.counted import Counted, crossings
+from crossdock.cli.bench.exchange import ROUTINGS, _fitting, _row
+from crossdock.cli.bench.exchange_case import Case, Contenders, choose
+from crossdock.cli.bench.plain_exchange import plain_combine, plain_dispatch
+from crossdock.cli.runtime import Runtime
+from crossdock.comm import LocalWorld, Transport, make_transport
+from crossdock.errors import ConfigError
+from crossdock.parallel import EPGroup, Topology
+from tests.launch import RankError, Ranks
+
+CPU = torch.device("cpu")
+PROMISED = {"hidden", "tokens_per_rank", "routing", "speedup_fp8", "speedup_bf16", "exchange_speedup_fp8",
+            "exchange_speedup_bf16", "internode_bytes", "internode_bytes_minimum", "hidden_fraction"}  # fmt: skip
+
+
+def test_only_what_leaves_the_node_is_counted() -> None:
+    """Rank 1 of two nodes of two sends 1, 2, 3 and 4 rows of 6 bytes to ranks 0 to 3: 7 of them leave node 0.
+
+    Then each rank sends 5 bytes to the first rank of its pair across the nodes, which for ranks 2 and 3 is another.
+    """
+
+    def on(transport: Transport) -> tuple[int, int]:
+        counted = Counted(transport)
+        sends = [1, 2, 3, 4] if counted.rank == 1 else [0] * 4
+        receives = [0, counted.rank + 1, 0, 0]
+        rows_SD = torch.ones(sum(sends), 3, dtype=torch.bfloat16)
+        counted.all_to_all_rows(rows_SD, sends, receives, "dispatch of exchange 1").wait()
+        counted.all_gather([1, 2, 3], "plan")  # 24 bytes to each of two
+        counted.split([[0, 1], [2, 3]]).all_gather([1], "plan")  # inside a node
+        pair = counted.split([[0, 2], [1, 3]])
+        five = torch.ones(5, 1, dtype=torch.uint8)
+        pair.all_to_all_rows(five, [5, 0], [5, 5] if pair.rank == 0 else [0, 0], "combine of exchange 1").wait()
+        pair.all_to_all_rows(five, [5, 0], [5, 5] if pair.rank == 0 else [0, 0], "plan").wait()
+        return counted.crossed.rows, counted.crossed.metadata
+
+    found = LocalWorld(4, topology=Topology((0, 0, 1, 1))).run(on)
+    assert found == [(0, 48), (42, 48), (5, 53), (5, 53)]
+
+
+def test_crossings_of_a_plan() -> None:
+    """Rank 2 of two nodes of two, one slot a rank: slots 0 and 1 are on the other node, -1 is nowhere."""
+
+    def on(transport: Transport) -> tuple[int, int]:
+        return crossings(torch.tensor([[0, 1, 2], [2, 3, -1], [1, 3, 2]]), transport, 1)
+
+    assert LocalWorld(4, topology=Topology((0, 0, 1, 1))).run(on)[2] == (3, 2)
+
+
+def plain_result(group: EPGroup) -> tuple[float, list[int]]:
+    """The largest error of the plain form where slot s multiplies by s + 1, and this rank's ends."""
+    torch.manual_seed(group.rank)
+    tokens, slots_per_rank = 5 + group.rank, 3
+    x_TD, weights_TK = torch.randn(tokens, 4), torch.rand(tokens, 2)
+    ids_TK = torch.rand(tokens, slots_per_rank * group.world_size).topk(2).indices
+    rows_RD, trip = plain_dispatch(x_TD, ids_TK, slots_per_rank, group.process_group)
+    slot_R = torch.searchsorted(trip.ends_L, torch.arange(len(rows_RD)), right=True) + group.rank * slots_per_rank
+    y_TD = plain_combine(rows_RD * (slot_R + 1)[:, None], weights_TK, trip)
+    expected_TD = x_TD * (weights_TK * (ids_TK + 1)).sum(1, keepdim=True)
+    return float((y_TD - expected_TD).abs().max()), trip.ends_L.tolist()
+
+
+def test_the_plain_form_is_right(ranks_of_two: Ranks) -> None:
+    (error, ends), (other_error, other_ends) = ranks_of_two.run(plain_result)
+    assert max(error, other_error) < 1e-5 and ends[-1] + other_ends[-1] == 2 * (5 + 6)
+
+
+def measured(group: EPGroup, spoil: bool) -> dict[str, Any]:
+    with torch.inference_mode():
+        contenders = Contenders(group, make_transport(group), 128, 32)
+        if spoil:
+            contenders.ours["fp8"].exchange = lambda x_TD, routing: x_TD * 1.2  # type: ignore[method-assign]
+        case = Case(128, 4, "skewed")
+        return _row(case, contenders.measure(case, 0.1, 2))
+
+
+def test_a_case_on_one_node(ranks_of_two: Ranks) -> None:
+    for row in ranks_of_two.run(measured, False):
+        assert row.keys() >= PROMISED and row["us"] > 0 and row["rounds"] == 2
+        times = row["times_us"]
+        for wire in ("bf16", "fp8"):
+            assert row[f"exchange_speedup_{wire}"] == pytest.approx(times["plain"] / times[wire])
+            assert row[f"speedup_{wire}"] == pytest.approx(times["plain layer"] / times[f"{wire} layer"])
+        assert row["rows_speedup"] == pytest.approx(times["plain rows"] / times["rows"])
+        assert row["internode_bytes"] == row["internode_bytes_minimum"] == 0
+        assert 0 <= row["hidden_fraction"] <= 1
+
+
+def test_wrong_results_are_not_timed(ranks_of_two: Ranks) -> None:
+    with pytest.raises(RankError, match=r"rank 1: fp8: tokens came back changed by 0\.2"):
+        ranks_of_two.run(measured, True)
+
+
+def test_routing() -> None:
+    for name in ROUTINGS:
+        routing = choose(Case(8, 500, name), 0, CPU)
+        counts_E = routing.expert_ids_TK.reshape(-1).bincount(minlength=64)
+        assert routing.expert_ids_TK.sort(1).values.diff(dim=1).min() > 0  # distinct
+        assert (int(counts_E[0]) > 300) == (name == "skewed") and int(counts_E.sum()) == 500 * 8
+        assert torch.allclose(routing.weights_TK.sum(1), torch.ones(500))
+
+
+def fitting(group: EPGroup, free: int) -> tuple[list[str], list[str]]:
+    cases = [Case(128, 4, "random"), Case(128, 4096, "random")]
+    kept, left_out = _fitting(Runtime(group, make_transport(group)), cases, group.world_size, 32, free)
+    return list(map(str, kept)), list(left_out)
+
+
+def test_cases_without_memory_for_them_are_left_out(ranks_of_two: Ranks) -> None:
+    small, large = "D=128 T=4 random", "D=128 T=4096 random"
+    assert ranks_of_two.run(fitting, 1 << 40) == [([small, large], [])] * 2
+    assert ranks_of_two.run(fitting, 10_000_000) == [([small], [large])] * 2
+    with pytest.raises(RankError, match=r"no case fits into memory: .*needs about 0\.1 GB, and 0\.0 GB are free"):
+        ranks_of_two.run(fitting, 1000)
+
+
+def test_an_emulated_cluster_from_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:
+    """Ours sends what it must between nodes and no more; the plain form sends a row for each (token, k)."""
+    words = ["bench", "exchange", "--emulate", "2x2", "--hidden", "128", "--tokens", "32", "--rounds", "1", "--json"]
+    try:
+        with emulated_cluster(Shape(1, 2), Link()):
+            pass
+    except ConfigError as error:
+        pytest.skip(str(error))
+    code = run_on_cluster([sys.executable, "-m", "crossdock", *words, "--expert-size", "32"], Shape(2, 2), Link())
+    out, err = capfd.readouterr()
+    result = json.loads(out)
+    assert code == 0 and result["world"] == "2x2" and len(err.splitlines()) == len(result["cases"]) == 2
+    assert result["links"]["inside"]["gbytes_per_s"] > result["links"]["between"]["gbytes_per_s"]
+    for case in result["cases"]:
+        assert case.keys() >= PROMISED
+        assert case["internode_bytes"] == case["internode_bytes_minimum"] > 0
+        assert case["internode_bytes_fp8"] == case["internode_bytes_minimum_fp8"] < case["internode_bytes"]
+        assert case["internode_bytes_plain"] > 2 * case["internode_bytes"]
