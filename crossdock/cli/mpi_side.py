@@ -66,7 +66,8 @@ class MpiSide:
         if code == WRONG_WORDS and self.rank == 0:
             print(f"error: {text}", file=sys.stderr)
         elif code != WRONG_WORDS and self._is_first():
-            print(f"error: {text}" if text.startswith("rank ") else f"error: rank {self.rank}: {text}", file=sys.stderr)
+            whose = "" if text.startswith("rank ") else f"rank {self.rank}: "
+            sys.stderr.write(f"error: {whose}{text}\n")  # at once: what comes after may not be passed on
         self.end_job(code)
 
     def _is_first(self) -> bool:

@@ -32,7 +32,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from crossdock.comm import DispatchPlan, Exchange, HierarchicalDispatcher, Inbound
+from crossdock.comm import DispatchPlan, Exchange, HierarchicalDispatcher, Inbound, plan_each
 from crossdock.comm.hierarchy import Arriving, Returning
 from crossdock.comm.transport import Pending, Then
 from crossdock.moe.config import ExchangeConfig
@@ -89,7 +89,7 @@ class Flow:
         self._dispatcher, self._place, self._pace = pipeline.dispatcher, pipeline.place, pipeline.pace
         self._recorder, self._chunks, self._top_k = pipeline.recorder, chunks, slot_ids_TK.shape[1]
         self._x, self._weights = _divide(x_TD, chunks), _divide(weights_TK, chunks)
-        self._plans = [self._dispatcher.plan(ids) for ids in _divide(slot_ids_TK, chunks)]
+        self._plans = plan_each(self._dispatcher, _divide(slot_ids_TK, chunks))
         self._arriving: deque[Pending[Inbound]] = deque()
         self._returning: list[Pending[Tensor]] = []
         self._sent = 0

@@ -72,13 +72,14 @@ def sum_of_few(partials, at, mask, size, S: tl.constexpr):
 
 @triton.jit
 def score_of(x, SCORE: tl.constexpr):
-    """sigmoid or sqrtsoftplus; the latter's log(1 + e) keeps its digits where e is small."""
+    """sigmoid or sqrtsoftplus, which keeps its digits where e is small, and is more than nothing where e is zero."""
     if SCORE == "sigmoid":
         return 1.0 / (1.0 + tl.exp(-x))
     e = tl.exp(tl.minimum(x, 20.0))
     u = 1.0 + e
     log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.sqrt(tl.where(x > 20.0, tl.minimum(x, 3.4028234663852886e38), log1p))
+    root = tl.sqrt(tl.where(x > 20.0, tl.minimum(x, 3.4028234663852886e38), log1p))
+    return tl.where(x < -20.0, tl.exp(0.5 * x), root)
 
 
 @triton.jit

