@@ -43,3 +43,27 @@ def test_ranks_change_nothing(family: str, runs: list[tuple[list[str], str | Non
         assert answer["ranks"] == int(ranks or 2) == len(answer["expert_load"]["per_rank"])
         digests.add(answer["logits_digest"])
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("plain", "otherwise"),
+    [
+        ([], ["--chunks", "3", "--two-batch", "--prompt-ids", "3,1,4,1,5"]),
+        ([], ["--transport", "symmetric", "--mode", "latency"]),
+        (["--wire", "fp8"], ["--wire", "fp8", "--chunks", "0", "--hierarchy", "node"]),  # one node: as flat
+    ],
+)
+def test_how_rows_travel_changes_nothing(plain: list[str], otherwise: list[str], tmp_path: Path) -> None:
+    save("qwen3_moe", tmp_path)
+    beside = otherwise[otherwise.index("--prompt-ids") :] if "--prompt-ids" in otherwise else []
+    expected = generate(tmp_path, [], *plain, *beside)
+    found = generate(tmp_path, [], *otherwise, "--ranks", "2")
+    assert found["logits_digest"] == expected["logits_digest"] and found["outputs"] == expected["outputs"]
+
+
+def test_a_timeline_of_every_rank(tmp_path: Path) -> None:
+    save("qwen3_moe", tmp_path)
+    generate(tmp_path, [], "--ranks", "2", "--trace", str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1}
+    assert {"experts", "route"} <= {event["name"] for event in events}
