@@ -92,7 +92,9 @@ class MoELayer(nn.Module):
         exchange.check_transport(transport.name, transport.world_size)
         codec = None
         if exchange.wire == "fp8":
-            codec = Fp8Wire(config.hidden_size, pow2=config.quant.pow2_scales, backend=self.backend)
+            takes_codes = config.quant.kind == "fp8_block"
+            pow2 = config.quant.pow2_scales
+            codec = Fp8Wire(config.hidden_size, pow2=pow2, decode_on_arrival=not takes_codes, backend=self.backend)
         self.dispatcher = make_dispatcher(
             unwatched(transport) if exchange.mode == "latency" else transport,
             placement.num_slots,

@@ -3,6 +3,7 @@
 from crossdock.parallel.balancer import BalanceReport, balance_report, balancedness, lower_bound, rebalance
 from crossdock.parallel.bounded import bounded
 from crossdock.parallel.group import EPGroup, init
+from crossdock.parallel.nearest import nearest_replicas
 from crossdock.parallel.placement import ExpertPlacement
 from crossdock.parallel.recovery import lost_ranks, recover
 from crossdock.parallel.topology import Topology
@@ -18,6 +19,7 @@ __all__ = [
     "init",
     "lost_ranks",
     "lower_bound",
+    "nearest_replicas",
     "rebalance",
     "recover",
 ]
