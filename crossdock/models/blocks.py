@@ -16,6 +16,7 @@ from crossdock.gemm import BLOCK, QuantSpec, Rows, linear_fp8
 from crossdock.linear import linear, pack
 from crossdock.models.fields import Fields
 from crossdock.moe import MoELayer, SwigluMLP
+from crossdock.pages import use_huge_pages
 
 
 class RMSNorm(nn.Module):
@@ -119,6 +120,7 @@ def pack_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (Linear, SwigluMLP, MoELayer)):
             module.pack()
+    use_huge_pages(model.parameters())
 
 
 @dataclass(frozen=True)

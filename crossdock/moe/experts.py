@@ -31,6 +31,7 @@ from crossdock.gemm.checks import check_dtype
 from crossdock.gemm.packed import PackedWeights, can_pack_groups, pack_groups, packed_matmul
 from crossdock.moe.config import MoEConfig
 from crossdock.moe.wire import Fp8Wire
+from crossdock.pages import use_huge_pages
 
 MOST_PACKED_BYTES = 1 << 29  # a layer of experts above this is not packed: for a moment there are two of it
 
@@ -73,7 +74,12 @@ class Experts(nn.Module):
         weights = self.gate_up, self.down
         size = sum(weight.nbytes for weight in weights)
         helps = self.backend != "triton" and can_pack_groups(self.gate_up) and can_pack_groups(self.down)
-        return PackedExperts(*map(pack_groups, weights)) if helps and size <= MOST_PACKED_BYTES else self
+        if helps and size <= MOST_PACKED_BYTES:
+            packed = PackedExperts(*map(pack_groups, weights))
+            use_huge_pages((*packed.gate_up, *packed.down))
+            return packed
+        use_huge_pages(weights)
+        return self
 
 
 class PackedExperts(nn.Module):
