@@ -29,8 +29,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are defined
 
 from benchmarks.soak_rank import POINTS, Trial
-from benchmarks.soak_start import be_rank, mpiexec
+from benchmarks.soak_start import be_rank
 from benchmarks.soak_trial import Outcome, run_trial
+from crossdock.cli.mpi_side import find_mpiexec
 
 TIMEOUT_S = 4.0
 SHARES = {"torch": 8, "symmetric": 4, "mpi": 1}  # of the trials; ranks under mpiexec take seconds to start
@@ -44,7 +45,8 @@ WEIGHTS = {"killed": 8, "stopped": 2, "stopped briefly": 3, "late": 2, "late a l
 
 def transports() -> dict[str, str]:
     """Those there are, and for each why it cannot be soaked here; empty where it can."""
-    without_mpi = "" if find_spec("mpi4py") and mpiexec() else "needs mpi4py and mpiexec: pip install 'crossdock[mpi]'"
+    has_mpi = find_spec("mpi4py") and find_mpiexec()
+    without_mpi = "" if has_mpi else "needs mpi4py and mpiexec: pip install 'crossdock[mpi]'"
     return {"torch": "", "symmetric": "" if find_spec("triton") else "needs triton", "mpi": without_mpi}
 
 
@@ -72,8 +74,9 @@ def draw(seed: int, number: int, names: list[str]) -> Trial:
     return Trial(number, name, world_size, hierarchy, fault, order, point, step, delay_s, recover, TIMEOUT_S)
 
 
-def run_all(seed: int, numbers: list[int], names: list[str], jobs: int) -> Iterator[Outcome]:
-    """Outcomes as they come, of `jobs` trials at a time: most of a trial is waiting."""
+def run_all(seed: int, numbers: list[int], names: list[str], jobs: int, problems: list[str]) -> Iterator[Outcome]:
+    """Outcomes as they come, of `jobs` trials at a time: most of a trial is waiting. `problems`: what is missing."""
+    unheard = set(numbers)
     read, write = os.pipe()
     leaders = []
     for job in range(jobs):
@@ -88,13 +91,16 @@ def run_all(seed: int, numbers: list[int], names: list[str], jobs: int) -> Itera
     os.close(write)
     with os.fdopen(read) as lines:
         for line in lines:
-            yield Outcome.heard(json.loads(line))
-    for leader in leaders:
-        os.waitpid(leader, 0)
+            outcome = Outcome.heard(json.loads(line))
+            unheard.discard(outcome.trial.number)
+            yield outcome
+    codes = [os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1]) for leader in leaders]
+    problems += [f"worker {job} ended with exit code {code}" for job, code in enumerate(codes) if code]
+    problems += [f"no word of trial {number}" for number in sorted(unheard)]
 
 
-def summary(outcomes: list[Outcome]) -> dict[str, object]:
-    """What is printed at the end, and with --json instead of it."""
+def summary(outcomes: list[Outcome], problems: list[str]) -> dict[str, object]:
+    """What is printed at the end, and with --json instead of it; `problems` are the soak's own."""
     kinds = {}
     for fault in sorted({outcome.trial.fault for outcome in outcomes}):
         of_kind = [outcome for outcome in outcomes if outcome.trial.fault == fault]
@@ -116,6 +122,7 @@ def summary(outcomes: list[Outcome]) -> dict[str, object]:
         "hangs": sum(outcome.hang for outcome in outcomes),
         "wrong_names": sum("names" in problem for outcome in outcomes for problem in outcome.problems),
         "kinds": kinds,
+        "problems": problems,
         "failed": [{"trial": outcome.trial.number, "fault": outcome.trial.fault, "problems": outcome.problems}
                    for outcome in outcomes if outcome.problems],
     }  # fmt: skip
@@ -129,6 +136,8 @@ def show(found: dict[str, object], seed: int, names: list[str]) -> None:
               f"{row['failed']:>8}")  # fmt: skip
     print(f"{found['trials']} trials over {found['transports']}, timeout {found['timeout_s']} s: "
           f"{found['hangs']} hangs, {found['wrong_names']} wrong names")  # fmt: skip
+    for problem in found["problems"]:  # type: ignore[attr-defined]
+        print(problem)
     for failed in found["failed"]:  # type: ignore[attr-defined]
         print(
             f"trial {failed['trial']} ({failed['fault']}), again with "
@@ -161,20 +170,21 @@ def main() -> int:
         if known.get(name, "no such transport"):
             parser.error(f"transport {name}: {known.get(name, 'no such transport')}")
     numbers = [options.only] if options.only is not None else list(range(options.trials))
-    outcomes = []
-    for outcome in run_all(options.seed, numbers, names, min(options.jobs, len(numbers))):
+    outcomes: list[Outcome] = []
+    problems: list[str] = []
+    for outcome in run_all(options.seed, numbers, names, min(options.jobs, len(numbers)), problems):
         outcomes.append(outcome)
         failed = sum(bool(one.problems) for one in outcomes)
         print(f"{chr(13)}{len(outcomes)}/{len(numbers)} trials, {failed} failed ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    if options.only is not None:
+    if options.only is not None and outcomes:
         print(outcomes[0].trial, *outcomes[0].events, sep="\n")
-    found = summary(sorted(outcomes, key=lambda outcome: outcome.trial.number))
+    found = summary(sorted(outcomes, key=lambda outcome: outcome.trial.number), problems)
     if options.json:
         print(json.dumps(found))
     else:
         show(found, options.seed, names)
-    return int(bool(found["failed"]))
+    return int(bool(found["failed"] or problems))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.soak_rank import Reporter, Trial, live, wait_for_threads
+from crossdock.cli.launch import free_port
+from crossdock.cli.mpi_side import find_mpiexec
 
 Event = dict[str, Any]
 SHARED = Path("/dev/shm")
@@ -28,7 +29,7 @@ class Forked:
 
     def __init__(self, trial: Trial) -> None:
         self.events, write = os.pipe()
-        port = _free_port()
+        port = free_port()
         self.alive = {rank: self._fork(trial, rank, port, write) for rank in range(trial.world_size)}
         os.close(write)
 
@@ -64,7 +65,9 @@ class UnderMpiexec:
         os.mkfifo(path)
         self.events = os.open(path, os.O_RDWR)  # a reader that sees no end while there is no writer
         kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        command = [mpiexec(), "-disable-auto-cleanup", "-n", str(trial.world_size), sys.executable, str(SOAK)]
+        program = find_mpiexec()
+        assert program is not None
+        command = [program, "-disable-auto-cleanup", "-n", str(trial.world_size), sys.executable, str(SOAK)]
         self.job = subprocess.Popen([*command, "--as-rank", json.dumps(asdict(trial)), "--events", str(path)], env=kept,
                                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                     start_new_session=True)  # fmt: skip
@@ -107,12 +110,6 @@ def be_rank(trial: Trial, rank: int, port: int, write: int) -> None:
     report("ends")
 
 
-def mpiexec() -> str:
-    """The program, beside this interpreter's or on the path; empty where there is none."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return shutil.which("mpiexec", path=path) or ""
-
-
 def _take_away(segments: set[Path]) -> None:
     """Removes what MPICH leaves when ranks are killed, except what another job has mapped."""
     mapped = ""
@@ -122,9 +119,3 @@ def _take_away(segments: set[Path]) -> None:
     for segment in segments:
         if segment.name not in mapped:
             segment.unlink(missing_ok=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

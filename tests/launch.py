@@ -8,7 +8,6 @@ Processes stay up between calls, because starting one costs seconds. An exceptio
 
 import multiprocessing as mp
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from crossdock.cli.launch import free_port
 from crossdock.parallel import EPGroup, init
 
 TIMEOUT_S = 60.0
@@ -27,13 +27,6 @@ class RankError(RuntimeError):
     def __init__(self, kinds: dict[int, str], text: str) -> None:
         super().__init__(text)
         self.kinds = kinds
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _serve(rank: int, world_size: int, port: int, timeout_s: float, pipe: Connection) -> None:

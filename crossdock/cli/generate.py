@@ -92,18 +92,26 @@ def generate(
     bounded: Any = {"on_overflow": "grow"} if mode is Mode.latency else {}  # a prompt may be longer than a buffer
     exchange = ExchangeConfig(hierarchy.value, wire.value, mode.value, chunks=chunks, **bounded)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    with join_ranks(device, transport, timeout) as runtime:
-        with traced(trace, runtime.transport, runtime.group.device) as link:
-            model = _load(request, runtime, link, dtype, exchange, two_batch)
-            result = _run(request, runtime, model, sampling, draft_tokens, as_json)
+    with (
+        join_ranks(device, transport, timeout) as runtime,
+        traced(trace, runtime.transport, runtime.group.device) as link,
+    ):
+        model = _load(request, runtime, link, dtype, exchange, two_batch)
+        result = _run(request, runtime, model, sampling, draft_tokens, as_json)
         answer = _answer(request, runtime, model, result)
-        if runtime.group.rank == 0 and as_json:
-            print(json.dumps(answer), flush=True)
-        elif runtime.group.rank == 0:
-            from crossdock.cli.show import show_generation
+        if runtime.group.rank == 0:  # told before the timeline is written, as that may fail
+            _tell(answer, runtime, dtype, as_json)
 
-            why_dtype = "asked for" if dtype is not None else "the checkpoint's own"
-            show_generation(answer, runtime.why | {"dtype": why_dtype})
+
+def _tell(answer: dict[str, Any], runtime: "Runtime", dtype: Dtype | None, as_json: bool) -> None:
+    """On stdout."""
+    if as_json:
+        print(json.dumps(answer), flush=True)
+        return
+    from crossdock.cli.show import show_generation
+
+    why_dtype = "asked for" if dtype is not None else "the checkpoint's own"
+    show_generation(answer, runtime.why | {"dtype": why_dtype})
 
 
 def _load(

@@ -128,7 +128,7 @@ class _Ranks:
         self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         self.report_read, report_write = os.pipe()
         lifeline_read, self.lifeline = os.pipe()
-        port = _free_port()
+        port = free_port()
         for rank in range(self.count):
             aside = None if rank == 0 or self.debug else tempfile.TemporaryFile()
             self.logs.append(aside)
@@ -270,7 +270,8 @@ def _exit_text(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}{hint}"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody uses at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -52,6 +52,10 @@ def plan(
     check_plot(plot)
     if calibrate is not None or emulate is not None:
         return _calibrate(ctx, calibrate, emulate)
+    if check is not None:
+        _check_given(ctx, "--check", ("check", "cluster", "values"))
+    if trace is not None and _is_given(ctx, "skew"):
+        raise ConfigError("--skew is of routing that is drawn: leave it out, --trace says what is chosen")
     from crossdock.cli.plan_show import show_check, show_comparison
     from crossdock.simulate import Drawn, compare, read_routing
     from crossdock.simulate.check import check as checked
@@ -66,6 +70,20 @@ def plan(
     what = {"model": model, "cluster": machines.to_json(), "tokens_per_rank": tokens}
     what |= {"routing": {"skew": skew, "seed": seed} if trace is None else str(trace)}
     show_comparison(what, compare(shape, machines, routing, tokens, worlds, choice), len(worlds), plot, as_json)
+
+
+def _check_given(ctx: typer.Context, mode: str, used: tuple[str, ...]) -> None:
+    """Raises ConfigError for a parameter that the mode has no use for."""
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        if name not in (*used, "as_json") and _is_given(ctx, name):
+            called = parameter.opts[0] if parameter.opts[0].startswith("-") else f"the {name}"
+            raise ConfigError(f"{called} says nothing to {mode}: leave it out")
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _shape(model: str) -> "LayerShape":
@@ -143,6 +161,7 @@ def _calibrate(ctx: typer.Context, path: Path | None, emulate: str | None) -> No
     """Starts the ranks, or is one of them; rank 0 writes the file."""
     if path is None:
         raise ConfigError("--emulate is for --calibrate: predictions take a --cluster")
+    _check_given(ctx, "--calibrate", ("calibrate", "emulate"))
     from crossdock.cli.bench.cluster import Link, Shape, run_on_cluster
     from crossdock.cli.launch import rank_command, run_ranks, under_launcher
 

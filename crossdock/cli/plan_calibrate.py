@@ -3,9 +3,6 @@
 What a prediction rests on must not come from what it predicts: here rows are planned, copied, converted, summed, sent
 and multiplied one operation at a time, all ranks at once as in a layer. No exchange of a layer is timed.
 
-Buffers are large, as a layer's are: glibc takes those of more than 32 MB from the system at each call, and on a CPU the
-first write to new memory costs as much as a copy. Smaller layers, whose buffers it keeps, are faster than predicted.
-
 Legend: T tokens, D hidden, K experts per token, S rows.
 """
 
@@ -22,6 +19,7 @@ from crossdock.cli.bench.timing import compare_ranks
 from crossdock.comm import Inbound, Transport
 from crossdock.comm.combine_kernel import weighted_sum_ref
 from crossdock.comm.plan import plan_once, plan_outgoing
+from crossdock.errors import ConfigError
 from crossdock.moe import MoEConfig
 from crossdock.moe.experts import Experts
 from crossdock.moe.wire import Fp8Wire
@@ -57,9 +55,14 @@ USUAL = Size()
 
 
 def calibrate(transport: Transport, one_machine: bool, size: Size = USUAL) -> Cluster:
-    """A collective of all ranks. `one_machine`: they share its cores, and a node's ranks share its way out."""
+    """A collective of all ranks. `one_machine`: they share its cores, and a node's ranks share its way out.
+
+    Raises ConfigError for more ranks than experts.
+    """
     topology = transport.topology
     nodes, world = topology.num_nodes, transport.world_size
+    if world > EXPERTS:
+        raise ConfigError(f"--calibrate divides {EXPERTS} experts over the ranks: at most {EXPERTS}, found {world}")
     per_node = world // nodes
     sharing = world if one_machine else per_node
     cores = min(len(os.sched_getaffinity(0)), sharing)

@@ -9,8 +9,9 @@ import torch
 
 from crossdock.cli.launch import RANK_THREADS
 from crossdock.comm import Transport, make_transport
-from crossdock.errors import ConfigError, PlanMismatch
+from crossdock.errors import ConfigError
 from crossdock.parallel import EPGroup, init
+from crossdock.parallel.group import is_failure
 from crossdock.parallel.memory import keep_freed_memory
 from crossdock.parallel.mpi_launch import library_name
 
@@ -29,7 +30,10 @@ class Runtime:
 
 @contextmanager
 def join_ranks(device: str | None, transport: str, timeout_s: float) -> Iterator[Runtime]:
-    """Joins the other ranks and leaves the group afterwards; after an error it tells them so and does not wait."""
+    """Joins the other ranks and leaves the group afterwards, also by an exit in good order.
+
+    After an error it tells them so and does not wait.
+    """
     local_ranks = _local_ranks()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(RANK_THREADS)
@@ -42,8 +46,10 @@ def join_ranks(device: str | None, transport: str, timeout_s: float) -> Iterator
     try:
         yield Runtime(group, link, {"device": why_device, "transport": why_transport})
     except BaseException as error:
-        if not isinstance(error, PlanMismatch):  # which the others find in the same numbers
+        if is_failure(error):
             group.abort(f"{type(error).__name__}: {error}")
+        elif isinstance(error, SystemExit):
+            group.close()
         raise
     group.close()
 

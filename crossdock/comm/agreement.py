@@ -4,24 +4,57 @@ What must be equal travels as a few integers in front of the counts that a plan 
 of its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from crossdock.comm.transport import Transport
+from crossdock.comm.transport import Transport, check_parts
 from crossdock.errors import PlanMismatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HIERARCHIES = ("flat", "node")
+MODES = ("throughput", "latency")
+OVERFLOWS = ("raise", "grow")
+NAMES: dict[str, tuple[object, ...]] = {
+    "dtype": DTYPES,
+    "hierarchy": HIERARCHIES,
+    "mode": MODES,
+    "on_overflow": OVERFLOWS,
+}
+OPTIONS = ("max_tokens", "on_overflow")  # shown as they are written
+PHASE_BYTES = 96  # of a phase's name that travel, so that errors can quote it
+
+
+class Told:
+    """Integers that ranks compare, the fields of a dataclass."""
+
+    __dataclass_fields__: dict[str, object]
+
+    def shown(self, name: str) -> str:
+        value: int = getattr(self, name)
+        return str(NAMES[name][value]) if value in range(len(NAMES.get(name, ()))) else str(value)
+
+    def difference(self, theirs: "Told", rank: int) -> str:
+        """Such as: hidden size is 9 on rank 1, expected 8; empty where all is the same."""
+        for name in self.__dataclass_fields__:
+            if getattr(theirs, name) != getattr(self, name):
+                what = name if name in OPTIONS else name.replace("_", " ")
+                return f"{what} is {theirs.shown(name)} on rank {rank}, expected {self.shown(name)}"
+        return ""
 
 
 @dataclass(frozen=True)
-class Header:
+class Header(Told):
     """What ranks must agree about. `exchange` counts a dispatcher's plans, `planned_together` are those of one gather,
-    `row_bytes` are a row's on the wire.
+    `row_bytes` are a row's on the wire. The last three are those of mode latency.
     """
 
     hierarchy: int
+    mode: int
     layer: int
     exchange: int
     planned_together: int
@@ -30,6 +63,9 @@ class Header:
     dtype: int
     row_bytes: int
     experts_per_token: int
+    max_tokens: int = 0
+    capacity: int = 0
+    on_overflow: int = 0
 
     def values(self) -> list[int]:
         return [getattr(self, name) for name in self.__dataclass_fields__]
@@ -40,21 +76,47 @@ class Header:
         length = len(cls.__dataclass_fields__)
         return [cls(*values[:length]) for values in gathered], [values[length:] for values in gathered]
 
-    def shown(self, name: str) -> str:
-        value: int = getattr(self, name)
-        names: dict[str, tuple[object, ...]] = {"dtype": DTYPES, "hierarchy": HIERARCHIES}
-        return str(names[name][value]) if value in range(len(names.get(name, ()))) else str(value)
-
 
 def gather_agreed(transport: Transport, header: Header, counts: list[int], phase: str) -> list[list[int]]:
     """Every rank's `counts`, equally many. Raises PlanMismatch where a rank's header is another."""
     headers, gathered = Header.split(transport.all_gather(header.values() + counts, phase))
     for rank, theirs in enumerate(headers):
-        for name in header.__dataclass_fields__:
-            if getattr(theirs, name) != getattr(header, name):
-                me, other = transport.members[transport.rank], transport.members[rank]
-                found, expected, what = theirs.shown(name), header.shown(name), name.replace("_", " ")
-                raise PlanMismatch(
-                    f"rank {me}: {phase}: {what} is {found} on rank {other}, expected {expected} as here"
-                )
+        if theirs != header:
+            me, text = transport.members[transport.rank], header.difference(theirs, transport.members[rank])
+            raise PlanMismatch(f"rank {me}: {phase}: {text} as here")
     return gathered
+
+
+def agree_on_parts(transport: Transport, parts: Sequence[Sequence[int]]) -> tuple[int, Sequence[int]]:
+    """Which of the parts is this rank's, and its number. A collective.
+
+    Raises ConfigError for parts that do not divide the ranks, and PlanMismatch where a rank has others.
+    """
+    check_parts(parts, transport.world_size)
+    ours = int.from_bytes(sha256(repr([list(part) for part in parts]).encode()).digest()[:8], "big") >> 1
+    for rank, (theirs,) in enumerate(transport.all_gather([ours], "split")):
+        if theirs != ours:
+            me, other = transport.members[transport.rank], transport.members[rank]
+            raise PlanMismatch(f"rank {me}: split: rank {other} has other parts, expected {list(parts)} as here")
+    return next((number, part) for number, part in enumerate(parts) if transport.rank in part)
+
+
+def odd_one(told: Sequence[object]) -> tuple[int, int] | None:
+    """The first rank that differs from what most tell, and the first of those; None where all tell the same.
+
+    All ranks find the same. Where two things are told equally often, the first rank's counts.
+
+    >>> odd_one("aab"), odd_one("baa"), odd_one("ab"), odd_one("aa")
+    ((2, 0), (0, 1), (1, 0), None)
+    """
+    most = max(told, key=told.count)
+    return next(((rank, told.index(most)) for rank, one in enumerate(told) if one != most), None)
+
+
+def phase_words(phase: str) -> npt.NDArray[np.int64]:
+    """The beginning of its name, as integers that `phase_text` reads."""
+    return np.frombuffer(phase.encode()[:PHASE_BYTES].ljust(PHASE_BYTES, b"\0"), np.int64)
+
+
+def phase_text(words: Sequence[int]) -> str:
+    return np.array(words, np.int64).tobytes().rstrip(b"\0").decode(errors="ignore")

@@ -8,6 +8,8 @@ dtype, as it would in an operation of its own.
 Legend: T tokens, D hidden, K experts per token, S rows in the order they were sent.
 """
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,23 +24,45 @@ def weighted_sum_ref(rows_SD: Tensor, weights_TK: Tensor | None, position_TK: Te
     """y[t] = sum over k of weights[t, k] * rows[position[t, k]] (+ plus[t]) -> [T, D] in the rows' dtype.
 
     Weights of one where None. A position of S or more is no row: it adds nothing, even where its weight is NaN. Sums
-    are float32, float64 for float64 rows. This is the specification, and the torch backend: tokens with equally many
-    rows are added up together, so that what is no row costs nothing.
+    are float32, float64 for float64 rows. The specification, and the torch backend: what is no row costs nothing.
     """
     here_TK = position_TK.cpu().numpy() < len(rows_SD)
     if here_TK.all():
         y_TD = _sums(rows_SD, weights_TK, position_TK)
-        return y_TD if plus_TD is None else y_TD + plus_TD
-    rows_first_TK = torch.from_numpy((~here_TK).argsort(1, kind="stable")).to(position_TK.device)
-    position_TK = position_TK.gather(1, rows_first_TK)
-    weights_TK = weights_TK if weights_TK is None else weights_TK.gather(1, rows_first_TK)
-    count_T = torch.from_numpy(here_TK.sum(1)).to(position_TK.device)
-    y_TD = rows_SD.new_zeros(len(position_TK), rows_SD.shape[1])
-    for count in range(1, position_TK.shape[1] + 1):
-        token_N = (count_T == count).nonzero().squeeze(1)
-        weights_NC = weights_TK if weights_TK is None else weights_TK[token_N, :count]
-        y_TD.index_copy_(0, token_N, _sums(rows_SD, weights_NC, position_TK[token_N, :count]))
+    else:
+        y_TD = _ragged(rows_SD, weights_TK, position_TK, here_TK)
     return y_TD if plus_TD is None else y_TD + plus_TD
+
+
+def _ragged(rows_SD: Tensor, weights_TK: Tensor | None, position_TK: Tensor, here_TK: npt.NDArray[np.bool_]) -> Tensor:
+    """The same where some positions are no row.
+
+    Tokens with most rows come first, so that those with a j-th row are the first so many.
+    """
+    wide = torch.promote_types(rows_SD.dtype, torch.float32)
+    (tokens, top_k), size_D, device = position_TK.shape, rows_SD.shape[1], rows_SD.device
+    number_TK, count_T = here_TK.cumsum(1) - 1, here_TK.sum(1)
+    order_T = (-count_T).argsort(kind="stable")
+    y_TD = rows_SD.new_empty(tokens, size_D)
+    rows = max(1, -(-int(count_T.sum()) // tokens))  # of a token, about
+    portion = max(1, CACHED // (rows * max(1, size_D))) if device.type == "cpu" else tokens
+    for first in range(0, tokens, portion):
+        token_N = order_T[first : first + portion]
+        at_C, k_C = here_TK[token_N].nonzero()
+        number_C = number_TK[token_N[at_C], k_C]
+        by_number = number_C.argsort(kind="stable")
+        choice_C = torch.from_numpy((token_N[at_C] * top_k + k_C)[by_number]).to(device)
+        terms_CD = rows_SD.index_select(0, position_TK.reshape(-1).index_select(0, choice_C)).to(wide)
+        if weights_TK is not None:
+            terms_CD.mul_(weights_TK.reshape(-1).index_select(0, choice_C).to(wide).unsqueeze(-1))
+        total_ND, *others = torch.split(terms_CD, np.bincount(number_C, minlength=1).tolist())
+        for term_ND in others:
+            total_ND[: len(term_ND)] += term_ND
+        y_TD[first : first + len(total_ND)] = total_ND
+        y_TD[first + len(total_ND) : first + len(token_N)] = 0.0
+    place_T = np.empty_like(order_T)
+    place_T[order_T] = np.arange(tokens)
+    return y_TD.index_select(0, torch.from_numpy(place_T).to(device))
 
 
 def _sums(rows_SD: Tensor, weights_TK: Tensor | None, position_TK: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class Dispatcher(ExchangeForm):
         self.step += 1
         if not torch.is_grad_enabled() and resolve_backend(self.backend, slot_ids_TK.device) == "triton":
             if checked:
-                check_slots(slot_ids_TK, self.num_slots)
+                check_slots(slot_ids_TK.cpu().numpy(), self.num_slots)
             return plan_on_device(slot_ids_TK, self.num_slots, self.step, self.sender)
         outgoing = plan_outgoing(slot_ids_TK, self.num_slots)
         return complete_plan(outgoing, [outgoing.counts_P], 0, self.step, self.sender)

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from crossdock.backend import Backend
-from crossdock.comm.agreement import DTYPES, HIERARCHIES, Header
+from crossdock.comm.agreement import DTYPES, HIERARCHIES, MODES, Header
 from crossdock.comm.codec import Codec
-from crossdock.comm.explain import Sender, Traffic
+from crossdock.comm.explain import Sender
 from crossdock.comm.inbound import Inbound
-from crossdock.comm.node_plan import NodePlan
-from crossdock.comm.plan import DispatchPlan
 from crossdock.comm.transport import Pending, Transport
 from crossdock.errors import ConfigError
 
@@ -56,7 +54,7 @@ def plan_each(exchange: Exchange, parts: Sequence[Tensor]) -> list[Any]:
 class ExchangeForm:
     """What every form of the exchange is made of: where slots stand, what rows are, and what may be asked of them."""
 
-    hierarchy = "flat"
+    hierarchy, mode = "flat", "throughput"
 
     def __init__(
         self,
@@ -84,6 +82,7 @@ class ExchangeForm:
         """Of the last `together` exchanges, which were planned together."""
         return Header(
             HIERARCHIES.index(self.hierarchy),
+            MODES.index(self.mode),
             self.layer,
             self.step - together + 1,
             together,
@@ -93,10 +92,6 @@ class ExchangeForm:
             self.row_bytes,
             experts_per_token,
         )
-
-    def explain(self, plan: DispatchPlan | NodePlan) -> Traffic:
-        """What this rank sends by that plan, and what it would send without it. No exchange."""
-        return plan.explain()
 
     def encoded(self, x_TD: Tensor) -> Tensor:
         """x as it travels."""

@@ -19,7 +19,7 @@ another instead of one, and a rounding more for each. With 2 nodes it is this.
 Legend: T tokens, D hidden, K experts per token, A rows that arrive from other nodes, R rows by slot.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -88,10 +88,12 @@ class HierarchicalDispatcher(ExchangeForm):
         """`plan` of several exchanges, equally many on all ranks, with one gather of counts."""
         for slot_ids_TK in parts:
             check_form(slot_ids_TK)
-            check_slots(slot_ids_TK, self.num_slots)
+        ids = [slot_ids_TK.cpu().numpy() for slot_ids_TK in parts]
+        for slot_ids in ids:
+            check_slots(slot_ids, self.num_slots)
         first, device = self.step + 1, parts[0].device
         self.step += len(parts)
-        choices = [Choices(slot_ids_TK.cpu().numpy(), self.places) for slot_ids_TK in parts]
+        choices = [Choices(slot_ids, self.places) for slot_ids in ids]
         counts = [count for choice in choices for count in choice.counts()]
         header = self.header(parts[0].shape[1], len(parts))
         phase = f"plan of exchange {first} in MoE layer {self.layer}"
@@ -133,31 +135,11 @@ class HierarchicalDispatcher(ExchangeForm):
         self.check_combine(out_RD, len(plan.merge_R), weights_TK, expected, plus_TD)
         returning = Returning(self, plan, weights_TK, inbound.far_weights_AK, plus_TD)
         if need_gradient(out_RD, weights_TK, plus_TD):
-            returning.start("far", out_RD.index_select(0, plan.places_R[plan.near_rows :]), plan.far)
-            returning.start("near", out_RD.index_select(0, plan.places_R[: plan.near_rows]), plan.near)
+            returning.send("far", out_RD.index_select(0, plan.places_R[plan.near_rows :]), plan.far)
+            returning.send("near", out_RD.index_select(0, plan.places_R[: plan.near_rows]), plan.near)
         else:
-            returning.start("far", out_RD, plan.merged_far)
-            returning.start("near", out_RD, plan.merged_near)
-        return returning
-
-    def combine_portions(
-        self,
-        results: Iterable[tuple[Inbound, Tensor]],
-        weights_TK: Tensor,
-        arriving: "Arriving",
-        plus_TD: Tensor | None = None,
-    ) -> "Returning":
-        """`combine_async` for what `portions` gave, each with the experts' rows for it, in the same order.
-
-        Where `results` are computed one by one, the near ones return while the far ones are computed.
-        """
-        expected = tuple(arriving.plan.near.outgoing.position_TK.shape)
-        returning = Returning(self, arriving.plan, weights_TK, arriving.far_weights_AK, plus_TD)
-        for portion, (inbound, out_RD) in zip(("near", "far"), results, strict=True):
-            plan = inbound.plan
-            assert isinstance(plan, DispatchPlan)
-            self.check_combine(out_RD, sum(plan.recv_counts), weights_TK, expected, plus_TD)
-            returning.start(portion, out_RD, plan)
+            returning.send("far", out_RD, plan.merged_far)
+            returning.send("near", out_RD, plan.merged_near)
         return returning
 
     def send_weights(self, weights_TK: Tensor, plan: NodePlan) -> Pending[Tensor]:
@@ -205,7 +187,7 @@ class Arriving:
         self._far = form.node.tokens(crossed_AX, self.plan.far)
 
     def portions(self) -> Iterator[Inbound]:
-        """The rows of this node's own tokens, then those from other nodes; for `combine_portions`."""
+        """The rows of this node's own tokens, then those from other nodes; for `Returning.start`."""
         yield self._receive_near()
         self.advance()
         yield self._receive_far()
@@ -269,7 +251,16 @@ class Returning:
         self._crossing: Pending[Tensor] | None = None
 
     def start(self, portion: str, out_RD: Tensor, plan: DispatchPlan) -> None:
-        """Results of one portion leave for the ranks where their rows entered the node."""
+        """The experts' rows for one portion that `Arriving.portions` gave, "near" or "far", leave, by that one's plan.
+
+        Raises ConfigError for another shape, dtype or device.
+        """
+        expected = tuple(self.plan.near.outgoing.position_TK.shape)
+        self.form.check_combine(out_RD, sum(plan.recv_counts), self.weights_TK, expected, self.plus_TD)
+        self.send(portion, out_RD, plan)
+
+    def send(self, portion: str, out_RD: Tensor, plan: DispatchPlan) -> None:
+        """Results leave for the ranks where their rows entered the node. They have been checked."""
         self._inside[portion] = self.form.node.back(out_RD, plan, self.weights_TK)
 
     def advance(self) -> None:

@@ -45,14 +45,12 @@ class Inbound:
         return replace(self, rows_RD=self.rows_RD.index_select(0, self.row_ids_R), row_ids_R=None)
 
 
-def receive(
-    x_TD: Tensor, arriving: Pending[Tensor], lane: Lane, plan: DispatchPlan, codec: Codec | None, what: str = "dispatch"
-) -> Inbound:
+def receive(x_TD: Tensor, arriving: Pending[Tensor], lane: Lane, plan: DispatchPlan, codec: Codec | None) -> Inbound:
     """What `lane.tokens` brings, waited for; with gradients a function of x_TD, and decoded as the codec says."""
     dtype = x_TD.dtype
     if need_gradient(x_TD):
         decoded = Then(lambda: by_slot(decode(arriving.wait(), codec, dtype), plan))
-        return Inbound(lane.tracked(x_TD, decoded, plan, what), plan.ends_L, plan)
+        return Inbound(lane.tracked(x_TD, decoded, plan), plan.ends_L, plan)
     if codec is not None and not codec.decode_on_arrival:
         return Inbound(arriving.wait(), plan.ends_L, plan, plan.order_R, codec, dtype)
     return Inbound(by_slot(decode(arriving.wait(), codec, dtype), plan), plan.ends_L, plan)

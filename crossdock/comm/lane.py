@@ -60,18 +60,16 @@ class Lane:
         phase = self.phase(what, plan.step)
         return self.transport.all_to_all_rows(rows_SX, plan.send_counts, plan.recv_counts, phase)
 
-    def back(
-        self, out_RD: Tensor, plan: DispatchPlan, anchor: Tensor | None = None, what: str = "combine"
-    ) -> Pending[Tensor]:
+    def back(self, out_RD: Tensor, plan: DispatchPlan, anchor: Tensor | None = None) -> Pending[Tensor]:
         """Rows by slot -> rows in send order on the ranks they came from.
 
         A gradient for `anchor` too, which gets none, makes the backward run here: ranks must not differ in that, and
         those with no rows may hold an out_RD without history.
         """
-        returning = self.returned(out_RD.detach(), plan, what)
+        returning = self.returned(out_RD.detach(), plan, "combine")
         if not need_gradient(out_RD, anchor):
             return returning
-        return Then(lambda: _Returned.apply(out_RD, anchor, self, plan, what, returning))  # type: ignore[no-untyped-call]
+        return Then(lambda: _Returned.apply(out_RD, anchor, self, plan, returning))  # type: ignore[no-untyped-call]
 
     def returned(self, out_RD: Tensor, plan: DispatchPlan, what: str) -> Pending[Tensor]:
         """`back`, not differentiable."""
@@ -128,17 +126,16 @@ class _Returned(torch.autograd.Function):
         anchor: Tensor | None,
         lane: Lane,
         plan: DispatchPlan,
-        what: str,
         returning: Pending[Tensor],
     ) -> Tensor:
-        ctx.lane, ctx.plan, ctx.phase = lane, plan, f"backward of {what}"
+        ctx.lane, ctx.plan = lane, plan
         back_SD = returning.wait()
         return back_SD.view_as(back_SD)  # where nothing travelled, they are out_RD's own
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dback_SD: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        arrived = ctx.lane.rows(dback_SD, ctx.plan, ctx.phase).wait()
+    def backward(ctx: Any, dback_SD: Tensor) -> tuple[Tensor, None, None, None, None]:
+        arrived = ctx.lane.rows(dback_SD, ctx.plan, "backward of combine").wait()
         arrange_R = ctx.plan.arrange_R
         dout_RD = arrived if arrange_R is None else arrived.index_select(0, arrange_R)
-        return dout_RD, None, None, None, None, None
+        return dout_RD, None, None, None, None

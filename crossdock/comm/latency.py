@@ -8,8 +8,9 @@ are those of the flat exchange. Shapes depend on T, K and the bounds alone, neve
 waits for nothing, so that a step can be captured in a CUDA graph (after one step that was not).
 
 What is wrong is found on the device and raised by the host: at once on a CPU; on a GPU by the next call or by `check`,
-and what was computed meanwhile means nothing. `on_overflow="grow"` has the host wait for each dispatch, which a graph
-cannot hold. Gradients are for the other forms.
+and what was computed meanwhile means nothing. So on a GPU too many rows are the end of the group, as all else is that
+goes wrong; a CPU goes on behind them. `on_overflow="grow"` has the host wait for each dispatch, which a graph cannot
+hold. Gradients are for the other forms.
 
 Rejected: a slab for each slot (L times the memory), and rows put in order as they arrive (a copy and a launch more).
 
@@ -19,31 +20,30 @@ a row as it travels.
 
 import time
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from crossdock.backend import Backend, resolve_backend
+from crossdock.comm.agreement import gather_agreed
 from crossdock.comm.codec import Codec
 from crossdock.comm.combine import need_gradient, weighted_sum
 from crossdock.comm.form import ExchangeForm
 from crossdock.comm.inbound import Inbound
-from crossdock.comm.latency_bounds import Bounds, Fingerprint, explain, raise_overflow
-from crossdock.comm.latency_tracks import Track, Tracks
+from crossdock.comm.latency_bounds import Bounds, Fingerprint, Found, earliest, mismatch, overflow, phase_of
+from crossdock.comm.latency_tracks import Track, TrackForm, Tracks
 from crossdock.comm.one_sided import HEADER, Parcel
 from crossdock.comm.one_sided_arrange import Arranged, arrange_rows_ref, arrange_rows_triton
 from crossdock.comm.one_sided_wait import TOO_MANY, Awaited
 from crossdock.comm.plan import DispatchPlan, Outgoing, check_form, check_slots
 from crossdock.comm.plan_kernel import place_rows_ref, place_rows_triton
 from crossdock.comm.symmetric import ANY, SymmetricTransport
-from crossdock.comm.symmetric_mailbox import Mailbox
+from crossdock.comm.symmetric_mailbox import Mailbox, ended
 from crossdock.comm.transport import Pending, Then, Transport
 from crossdock.errors import ConfigError
-from crossdock.parallel.standing import Turn
-
-Found = list[list[int]]  # the status of each source
+from crossdock.parallel.standing import Failure, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,11 @@ class LatencyPlan(DispatchPlan):
     """
 
     starts_P1: Tensor
+
+    def explain(self) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError("how many rows a plan of latency mode sends and gets only the device knows: plan in another "
+                          "mode to have it explained")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +74,14 @@ class LatencyDispatcher(ExchangeForm):
     """The calls of `Dispatcher` for at most `max_tokens` tokens of a rank at a time, over the symmetric transport.
 
     capacity     most rows from one rank to another; 0: as many as can occur where the slots of a token differ
-    on_overflow  where more tokens or rows come: "raise" CapacityOverflow, on every rank, or "grow" and go again
+    on_overflow  where more tokens or rows come: "raise" CapacityOverflow, on every rank, or "grow" and go again; on a
+                 GPU, where it is raised late, no rank of the group can go on after it
 
     At most two dispatches may be under way before the first one's combine has been waited for. Raises ConfigError for
     another transport, and where P does not divide over the ranks.
     """
+
+    mode = "latency"
 
     def __init__(
         self,
@@ -94,10 +102,9 @@ class LatencyDispatcher(ExchangeForm):
             raise ConfigError("on a GPU the low-latency mode needs backend 'triton': the others wait for the host")
         super().__init__(transport, num_slots, hidden_size, dtype, backend, codec)
         self._symmetric = transport
-        self.on_overflow = on_overflow
-        self.bounds = Bounds(max_tokens, capacity, num_slots // transport.world_size)
+        self.bounds = Bounds(max_tokens, capacity, num_slots // transport.world_size, on_overflow)
         self._top_k = 0
-        self._tracks: Tracks | None = None
+        self._agreed = False
 
     def plan(self, slot_ids_TK: Tensor, checked: bool = False) -> LatencyPlan:
         """The order of this rank's rows, from slot ids int64 [T, K] in 0..P-1 or -1 for no expert.
@@ -111,13 +118,11 @@ class LatencyDispatcher(ExchangeForm):
         if self._top_k not in (0, top_k):
             raise ConfigError(f"MoE layer {self.layer}: experts per token is {top_k}, expected {self._top_k} as before")
         if checked or on_host:
-            check_slots(slot_ids_TK, self.num_slots)
+            check_slots(slot_ids_TK.cpu().numpy(), self.num_slots)
         self.step += 1
         self._top_k = top_k
-        if self._tracks is None:
-            phase = self._phase("plan", self.step)
-            self.bounds.agree(self.transport, self.header(top_k), phase)
-            self._make_tracks(phase)
+        if not self._agreed:
+            self._agree(phase_of("plan", self.step, self.layer))
         place = place_rows_triton if self._on_triton(slot_ids_TK) else place_rows_ref
         order_N, token_N, position_TK, ends_P = place(slot_ids_TK, self.num_slots)
         outgoing, starts_P1 = Outgoing(order_N, position_TK, []), F.pad(ends_P, (1, 0))
@@ -133,9 +138,9 @@ class LatencyDispatcher(ExchangeForm):
         """The same in two: this sends, `wait` receives. Weights have no use before combine."""
         self.check_rows("x_TD", x_TD, len(plan.outgoing.position_TK))
         _check_no_gradient(x_TD)
-        turn, tracks = self._enter("dispatch", plan), self._made()
-        rows_TX, track = self.encoded(x_TD).contiguous(), tracks.take(turn.phase)
-        self._send(track, tracks, rows_TX, plan)
+        tracks = self._made()
+        rows_TX, turn = self.encoded(x_TD).contiguous(), self._enter("dispatch", plan, tracks)
+        track = self._take_and_send(tracks, rows_TX, plan, turn)
         return Then(lambda: self._receive(track, tracks, rows_TX, plan, turn))
 
     def combine(self, out_RD: Tensor, weights_TK: Tensor, inbound: Inbound, plus_TD: Tensor | None = None) -> Tensor:
@@ -152,17 +157,16 @@ class LatencyDispatcher(ExchangeForm):
         rows = len(inbound.rows_RD if inbound.row_ids_R is None else inbound.row_ids_R)
         self.check_combine(out_RD, rows, weights_TK, tuple(plan.outgoing.position_TK.shape), plus_TD)
         _check_no_gradient(out_RD, weights_TK, plus_TD)
-        turn, rows_RD, words = self._enter("combine", plan), out_RD.detach().contiguous(), self._words(plan)
+        turn, rows_RD, words = self._enter("combine", plan, tracks), out_RD.detach().contiguous(), self._words(plan)
         places = arranged.first_W, arranged.last_W
         track.back.send(Parcel(rows_RD, *places, (*words, 0), ANY, arranged.place_R, arranged.to_W))
 
         def finish() -> Tensor:
             self._await(track.back, tracks, Awaited(words, ANY, ANY), turn)
+            track.busy = False
             shape = weights_TK.numel(), self.hidden_size
             back_SD = track.back.rows(0, shape, self.dtype)
-            y_TD = weighted_sum(back_SD, weights_TK, plan.outgoing.position_TK, plus_TD, self.backend)
-            track.busy = False
-            return y_TD
+            return weighted_sum(back_SD, weights_TK, plan.outgoing.position_TK, plus_TD, self.backend)
 
         return Then(finish)
 
@@ -170,29 +174,44 @@ class LatencyDispatcher(ExchangeForm):
         """Waits for the device, and raises what its waits have found; on a CPU all of it has been raised."""
         if self._symmetric.device.type != "cpu":
             torch.cuda.current_stream().synchronize()
-            self._raise_found("check")
+            self._raise_found(*self._symmetric.all_tracks())
 
-    def _made(self) -> Tracks:
-        assert self._tracks is not None, "a plan has made them"
-        return self._tracks
+    def _agree(self, phase: str) -> None:
+        gather_agreed(self.transport, self.bounds.told_in(self.header(self._top_k)), [], phase)
+        if self.bounds.on_overflow == "grow":
+            self.bounds = self._symmetric.grown.setdefault((self._form(), self._top_k), self.bounds)
+        if self.bounds.tracks is None:
+            self._make_tracks(phase)
+        self._agreed = True
+
+    def _form(self) -> TrackForm:
+        return self.bounds.form(self._top_k, self.row_bytes, self.hidden_size * self.dtype.itemsize)
 
     def _make_tracks(self, phase: str) -> None:
-        form = self.bounds.form(self._top_k, self.row_bytes, self.hidden_size * self.dtype.itemsize)
-        self._tracks = self._symmetric.tracks(form, phase)
+        self.bounds.tracks = self._symmetric.tracks(self._form(), phase)
 
-    def _phase(self, what: str, step: int) -> str:
-        return f"{what} of latency exchange {step} in MoE layer {self.layer}"
+    def _made(self) -> Tracks:
+        assert self.bounds.tracks is not None, "a plan has made them"
+        return self.bounds.tracks
 
-    def _enter(self, what: str, plan: DispatchPlan) -> Turn:
-        phase = self._phase(what, plan.step)
-        self._raise_found(phase)
-        return self._symmetric.line.enter(phase)
+    def _enter(self, what: str, plan: DispatchPlan, tracks: Tracks) -> Turn:
+        self._raise_found(tracks)
+        return self._symmetric.line.enter(phase_of(what, plan.step, self.layer))
 
     def _words(self, plan: DispatchPlan) -> tuple[int, int]:
         return Fingerprint.of(self.layer, plan.step, self.num_slots, self.hidden_size, self.dtype, self._top_k).words
 
     def _on_triton(self, tensor: Tensor) -> bool:
         return resolve_backend(self.backend, tensor.device) == "triton"
+
+    def _take_and_send(self, tracks: Tracks, rows_TX: Tensor, plan: LatencyPlan, turn: Turn) -> Track:
+        track = tracks.take(turn.phase)
+        try:
+            self._send(track, tracks, rows_TX, plan)
+        except BaseException:
+            tracks.put_back(track)
+            raise
+        return track
 
     def _send(self, track: Track, tracks: Tracks, rows_TX: Tensor, plan: LatencyPlan) -> None:
         form, starts_P1, tokens = tracks.form, plan.starts_P1, len(rows_TX)
@@ -205,17 +224,17 @@ class LatencyDispatcher(ExchangeForm):
     def _receive(self, track: Track, tracks: Tracks, rows_TX: Tensor, plan: LatencyPlan, turn: Turn) -> LatencyInbound:
         form = tracks.form
         awaited = Awaited(self._words(plan), form.capacity, form.back_rows // self._top_k)
-        found = self._await(track.out, tracks, awaited, turn, with_host=self.on_overflow == "grow")
+        found = self._await(track.out, tracks, awaited, turn, with_host=self.bounds.on_overflow == "grow")
         if any(what == TOO_MANY for what, *_ in found):
             self.transport.all_gather([0], turn.phase)  # nobody uses the track again before all have read this
             track.busy = False
-            if self.on_overflow == "raise":
-                raise_overflow(found, awaited, self.transport, turn.phase)
-            self.bounds.grow(found, tracks.form.capacity)
+            failure = overflow(found, awaited, self.transport.members, self._symmetric.line.watch.rank)
+            if self.bounds.on_overflow == "raise" and failure is not None:
+                raise failure.error(failure.by, turn.phase)
+            self.bounds.grow(found, self._top_k)
             self._make_tracks(turn.phase)
             tracks = self._made()
-            track = tracks.take(turn.phase)
-            self._send(track, tracks, rows_TX, plan)
+            track = self._take_and_send(tracks, rows_TX, plan, turn)
             return self._receive(track, tracks, rows_TX, plan, self._symmetric.line.enter(turn.phase))
         return self._arrange(track, tracks, plan)
 
@@ -223,22 +242,26 @@ class LatencyDispatcher(ExchangeForm):
         """The host's wait on a CPU, and where it must know; else the device's, whose findings are read later."""
         if box.kind == "cpu" or with_host:
             found = box.receive(awaited, self._symmetric.line, turn)
-            explain(found, awaited, self.transport, turn.phase)
+            self._raise_failure(mismatch(found, self.transport.members), turn.phase)
             return found
         box.await_on_device(awaited, polls=max(1, int(self.transport.timeout_s * tracks.polls_per_s)))
-        tracks.post(box, awaited, turn)
+        tracks.post(box, turn)
         return []
 
-    def _raise_found(self, phase: str) -> None:
-        """Raises what a wait on the device is known to have found; does not wait for it."""
-        trouble = self._tracks.troubled() if self._tracks is not None else None
-        if trouble is None:
+    def _raise_found(self, *made: Tracks) -> None:
+        """Raises what waits on the device are known to have found, and ends the group; does not wait for them."""
+        troubles = [trouble for tracks in made for trouble in tracks.troubled()]
+        if not troubles:
             return
-        found, awaited, turn = trouble
-        explain(found, awaited, self.transport, phase)
-        if any(what == TOO_MANY for what, *_ in found):
-            raise_overflow(found, awaited, self.transport, phase)
-        self._symmetric.line.wait(turn._replace(began=time.monotonic() - self.transport.timeout_s), lambda _: False)
+        line, members = self._symmetric.line, self.transport.members
+        found, awaited, turn = earliest(troubles)
+        self._raise_failure(mismatch(found, members), turn.phase)
+        self._raise_failure(overflow(found, awaited, members, line.watch.rank), turn.phase)
+        line.wait(turn._replace(began=time.monotonic() - self.transport.timeout_s), lambda _: False)
+
+    def _raise_failure(self, failure: Failure | None, phase: str) -> None:
+        if failure is not None:
+            raise ended(self._symmetric.line, failure, phase)
 
     def _arrange(self, track: Track, tracks: Tracks, plan: LatencyPlan) -> LatencyInbound:
         form, world, box = tracks.form, self.transport.world_size, track.out

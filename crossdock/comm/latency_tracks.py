@@ -12,7 +12,9 @@ Legend: W ranks, L slots a rank, C most rows from one rank to another, T tokens,
 
 import math
 import time
+from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from crossdock.comm.one_sided_wait import Awaited
 from crossdock.comm.symmetric_heap import FIRST, SymmetricHeap
 from crossdock.comm.symmetric_mailbox import Mailbox
 from crossdock.errors import ConfigError
-from crossdock.parallel.standing import Turn
+from crossdock.parallel.standing import REMEMBERED, Turn
 
 TRACKS = 2
 TRIAL_POLLS = 20_000  # timed once, to know how many polls a GPU makes in a second
@@ -67,6 +69,15 @@ class Track:
     busy: bool = False
 
 
+class Trouble(NamedTuple):
+    """What waits of one box on the device found amiss: `found` is the status of each source, `turns` the last waits."""
+
+    form: TrackForm
+    what: str
+    found: list[list[int]]
+    turns: tuple[Turn, ...]
+
+
 class Tracks:
     """Tracks of one form in `heap`; polls_per_s is how often a GPU looks at a counter in a second."""
 
@@ -75,7 +86,7 @@ class Tracks:
         self.all = [Track(Mailbox(heap, out), Mailbox(heap, back)) for out, back in form.boxes(len(heap.peers))]
         self._turn = 0
         self._posted: dict[Mailbox, Tensor] = {}
-        self._last: dict[Mailbox, tuple[Awaited, Turn]] = {}
+        self._turns: dict[Mailbox, deque[Turn]] = {}
         self.polls_per_s = 0.0
         if heap.device.type != "cpu":
             for box in (box for track in self.all for box in (track.out, track.back)):
@@ -91,18 +102,25 @@ class Tracks:
         self._turn += 1
         return track
 
-    def post(self, box: Mailbox, awaited: Awaited, turn: Turn) -> None:
+    def put_back(self, track: Track) -> None:
+        """Undoes the last `take`: nothing has been sent."""
+        track.busy = False
+        self._turn -= 1
+
+    def post(self, box: Mailbox, turn: Turn) -> None:
         """Has the device copy what its wait for this found to where the host sees it; neither waits for the other."""
         self._posted[box].copy_(box.status, non_blocking=True)
-        self._last[box] = awaited, turn
+        self._turns.setdefault(box, deque(maxlen=REMEMBERED)).append(turn)
 
-    def troubled(self) -> tuple[list[list[int]], Awaited, Turn] | None:
-        """What the waits of a box are known to have found amiss, and the last one of them; does not wait."""
-        for box, posted in self._posted.items():
-            if posted[-1, 0]:
-                found: list[list[int]] = box.status.tolist()
-                return found[:-1], *self._last[box]
-        return None
+    def troubled(self) -> list[Trouble]:
+        """What waits are known to have found amiss, by box; does not wait for them."""
+        return [
+            Trouble(
+                self.form, "combine" if box.box.shared else "dispatch", box.status[:-1].tolist(), (*self._turns[box],)
+            )
+            for box, posted in self._posted.items()
+            if posted[-1, 0]
+        ]
 
 
 def _polls_per_s(box: Mailbox) -> float:

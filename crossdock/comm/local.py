@@ -32,18 +32,20 @@ class LocalTransport:
     def __init__(self, timeout_s: float = 300.0) -> None:
         self.timeout_s = timeout_s
         self._users = 0
-        self._failure: Failure | None = None
+        self._failures: list[Failure] = []  # shared with its parts; the first one is it
 
     def split(self, parts: Sequence[Sequence[int]]) -> "LocalTransport":
         check_parts(parts, 1)
-        return LocalTransport(self.timeout_s)
+        part = LocalTransport(self.timeout_s)
+        part._failures = self._failures
+        return part
 
     def register(self) -> int:
         self._users += 1
         return self._users - 1
 
     def abort(self, why: str) -> None:
-        self._failure = self._failure or _abortion(0, why)
+        self._failures.append(_abortion(0, why))
 
     def all_gather(self, values: list[int], phase: str) -> list[list[int]]:
         self._check(phase)
@@ -56,8 +58,8 @@ class LocalTransport:
         return Done(rows_SD)
 
     def _check(self, phase: str) -> None:
-        if self._failure is not None:
-            raise self._failure.error(0, phase)
+        if self._failures:
+            raise self._failures[0].error(0, phase)
 
 
 def _abortion(rank: int, why: str) -> Failure:
@@ -66,14 +68,24 @@ def _abortion(rank: int, why: str) -> Failure:
 
 @dataclass(frozen=True)
 class _Posted:
-    """What a rank brings to a collective, and the phase it is in; rows of two phases must not meet, integers may."""
+    """What a rank brings to a collective, and the phase it is in.
+
+    Rows of two phases must not meet. Integers may, where they are equally many: who gathers them tells more of it.
+    """
 
     kind: str
     phase: str
     payload: Any
 
     def meets(self, other: "_Posted") -> bool:
-        return self.kind == other.kind and (self.kind == "integers" or self.phase == other.phase)
+        alike = len(self.payload) == len(other.payload) if self.kind == "integers" else self.phase == other.phase
+        return self.kind == other.kind and alike
+
+    def differs(self, other: "_Posted") -> str:
+        """How, to the rank that has brought `other`."""
+        if self.phase != other.phase or self.kind != other.kind:
+            return f"is elsewhere: {self.phase}"
+        return f"gathers {len(self.payload)} integers, expected {len(other.payload)}"
 
 
 @dataclass
@@ -145,7 +157,7 @@ class _Board:
                 del self.payloads[turn.number], self.readers[turn.number]
         for r in range(world_size):
             if not posted[r].meets(posted[rank]):
-                raise self.differ(turn, rank, r, f"is elsewhere: {posted[r].phase}")
+                raise self.differ(turn, rank, r, posted[r].differs(posted[rank]))
         return [posted[r].payload for r in range(world_size)]
 
     def differ(self, turn: Turn, rank: int, other: int, how: str) -> Exception:
@@ -240,7 +252,8 @@ class LocalWorld:
         def work(rank: int) -> None:
             why, in_order = "it has finished", True
             try:
-                with torch.set_grad_enabled(grad):
+                # torch has one thread a device for backward passes: a rank that waits in it would keep out the others
+                with torch.set_grad_enabled(grad), torch.autograd.set_multithreading_enabled(False):
                     results[rank] = fn(VirtualTransport(board, rank))
             except BaseException as error:
                 errors[rank] = error

@@ -17,7 +17,6 @@ Most MPI libraries move nothing between calls: rows that are waited for later mo
 moves them meanwhile where MPIR_CVAR_ASYNC_PROGRESS=1 is set, on a core of its own.
 """
 
-import hashlib
 import os
 import threading
 import time
@@ -30,8 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crossdock.comm.transport import Pending, Then, bytes_of, check_parts, part_topology
-from crossdock.errors import ConfigError, CrossdockError, PlanMismatch
+from crossdock.comm.agreement import agree_on_parts
+from crossdock.comm.transport import Pending, Then, bytes_of, part_topology
+from crossdock.errors import ConfigError, CrossdockError
 from crossdock.parallel import EPGroup, Topology
 from crossdock.parallel.mpi_launch import MISSING, MpiJob
 from crossdock.parallel.standing import Failure, Turn
@@ -40,6 +40,7 @@ HOT_POLLS = 50  # before the first sleep
 BYTES_A_POLL = 8192  # about half of what one poll of MPICH moves through shared memory
 LONGEST_BURST = 256  # polls between two sleeps: 4 MB of rows, or 0.1 ms where nothing moves
 PAUSES_S = (20e-6, 1e-3)  # the first and the longest sleep
+LONGEST_CALL_S = 0.02  # that a poll waits for another thread's call into MPI: one that divides ranks may never return
 INTEGERS, ROWS = 0, 1
 HEADER = np.dtype([("kind", "i8"), ("width", "i8"), ("count", "i8"), ("phase", "S72")])  # count items of width bytes
 _yield_core = getattr(os, "sched_yield", lambda: None)
@@ -85,8 +86,12 @@ class _Moving:
 
     def _advance(self, polls: int) -> bool:
         for _ in range(polls):
-            with _one_call:
+            if not _one_call.acquire(timeout=LONGEST_CALL_S):
+                return False
+            try:
                 done = self.requests[0].Test()
+            finally:
+                _one_call.release()
             if not done:
                 _yield_core()
                 continue
@@ -130,15 +135,8 @@ class MpiTransport:
         self._channel.watch.abort(why)
 
     def split(self, parts: Sequence[Sequence[int]]) -> "MpiTransport":
-        check_parts(parts, self.world_size)
-        digest = hashlib.sha256(repr([list(part) for part in parts]).encode()).digest()
-        ours = int.from_bytes(digest[:8], "big") >> 1
-        for rank, (theirs,) in enumerate(self.all_gather([ours], "split")):
-            if theirs != ours:
-                where = f"rank {self.members[self.rank]}: split: rank {self.members[rank]}"
-                raise PlanMismatch(f"{where} has other parts, expected {list(parts)} as here")
+        number, part = agree_on_parts(self, parts)
         self._splits += 1
-        number, part = next((n, part) for n, part in enumerate(parts) if self.rank in part)
 
         def divide() -> Any:
             with _one_call:

@@ -30,6 +30,7 @@ from crossdock._triton import HAS_TRITON, tl, triton
 from crossdock.comm.symmetric_heap import SymmetricHeap
 from crossdock.errors import ConfigError
 
+TAG = 1 << 62  # in the two words of messages: they differ from what no exchange has written
 HEADER = 4  # words of a message before the caller's: word 0, word 1, most rows for one rank, the fourth word
 PROGRAMS = {"cpu": 1, "cuda": 16}  # for each rank sent to, by the kind of device
 ROWS, COLUMNS = 4, 512  # of a step, on a GPU

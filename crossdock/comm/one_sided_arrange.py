@@ -6,7 +6,7 @@ sources, two slots, regions of 4 rows; `.` is no row:
 
     ends_WL1    0 2 3 | 5 5 8          (which of the source's own rows: 2 and 1 rows; 0 and 3 rows)
     buffer      a a b .   b b b .
-    ends_L      2 6                    row_ids_R   0 1 | 2 4 5 6 . .     rows in slot order, by place in the buffer
+    ends_L      2 6                    row_ids_R   0 1 | 2 4 5 6 0 0     rows in slot order, by place in the buffer
     place_R     0 1 2 .   3 4 5 .      the other way
     first_W     0 4    last_W  3 7     places in the buffer that hold rows
     to_W        0 5                    the source's own number of the first
@@ -30,7 +30,9 @@ BLOCK = 256  # rows a step
 
 
 class Arranged(NamedTuple):
-    """int32 all; what stands behind the last row in row_ids_R, and between rows in place_R, means nothing."""
+    """int32 all; behind the last row row_ids_R is 0, so that all of it can be gathered by; between rows place_R means
+    nothing.
+    """
 
     ends_L: Tensor
     row_ids_R: Tensor
@@ -98,6 +100,10 @@ def arrange_rows_kernel(
         at = start + tl.arange(0, BLOCK)
         tl.store(row_ids_ptr + before + at, row + at, mask=at < count)
         tl.store(place_ptr + row + at, before + at, mask=at < count)
+    each = slots * world * BLOCK
+    for start in range(tl.sum(count_WL) + (slot * world + source) * BLOCK, world * capacity, each):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(row_ids_ptr + at, tl.zeros([BLOCK], tl.int32), mask=at < world * capacity)
     if source == world - 1:
         tl.store(out_ends_ptr + slot, before + count)
     if slot == slots - 1:
@@ -129,7 +135,7 @@ def arrange_rows_triton(ends_WL1: Tensor, status: Tensor, capacity: int) -> Arra
 
 
 _INTS = ("out_ends_ptr", "row_ids_ptr", "place_ptr", "first_ptr", "last_ptr", "to_ptr")
-_CONSTEXPRS = {"STRIDE": 37, "WORDS": 3, "W_BLOCK": 8, "L_BLOCK": 32, "BLOCK": BLOCK}
+_CONSTEXPRS = {"STRIDE": 37, "WORDS": 5, "W_BLOCK": 8, "L_BLOCK": 32, "BLOCK": BLOCK}
 
 AUDIT = [
     KernelSpec(

@@ -6,6 +6,8 @@ several ranks on one GPU do not block one another. It never traps. What it found
 
     0 arrived   1 MISSING, (signals seen)   2 DIFFERENT, (word 0, word 1) found   3 TOO_MANY, (most rows, fourth word)
 
+and behind that the two words that were awaited, since whoever reads it may be awaiting others by then.
+
 A counter is never reset: `consumed` on the device says how much of it earlier exchanges account for, so that a captured
 graph can be replayed. Where a rank is missing, later waits look once instead of spinning, until the host has cleared
 the last status row, which says that any rank had anything but 0.
@@ -24,7 +26,7 @@ from crossdock.comm.one_sided import PROGRAMS, Box, runnable
 from crossdock.comm.symmetric_heap import SymmetricHeap
 
 MISSING, DIFFERENT, TOO_MANY = 1, 2, 3
-STATUS = 3  # words of a source's status: what, and two that say more
+STATUS = 5  # words of a source's status: what, two that say more, and the two awaited
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,16 @@ def wait_signals_ref(
         if int(status[source, 0]) != retry:
             continue
         seen = int(heap.view(heap.rank, box.at + 8 * source, (1,), torch.int64)) - int(consumed_W[source])
-        found = [MISSING, seen, 0]
+        found = [MISSING, seen, 0, *awaited.words]
         if seen >= programs:
             consumed_W[source] += programs
             at = box.messages_at + source * 8 * box.message_words
             *words, most, word3 = heap.view(heap.rank, at, (4,), torch.int64).tolist()
-            found = [0, 0, 0]
+            found[:3] = 0, 0, 0
             if most > awaited.most_allowed or word3 > awaited.word3_allowed:
-                found = [TOO_MANY, most, word3]
+                found[:3] = TOO_MANY, most, word3
             if words != list(awaited.words):
-                found = [DIFFERENT, *words]
+                found[:3] = DIFFERENT, *words
         if found[0] or retry:
             status[source] = torch.tensor(found)
         if found[0]:
@@ -64,7 +66,7 @@ def wait_signals_ref(
 def wait_signals_kernel(
     bases_ptr,  # [W] int64
     consumed_ptr,  # [W] int64
-    status_ptr,  # [W + 1, 3] int64
+    status_ptr,  # [W + 1, 5] int64
     signals_at,  # bytes: where signals stand in this rank's memory; so messages
     messages_at,
     message_words,
@@ -79,10 +81,10 @@ def wait_signals_kernel(
     word1,
 ):
     source = tl.program_id(0).to(tl.int64)
-    found_ptr = status_ptr + source * 3
+    found_ptr = status_ptr + source * 5
     if tl.load(found_ptr) == retry:
         base = tl.load(bases_ptr + rank)
-        failed = tl.load(status_ptr + world * 3)
+        failed = tl.load(status_ptr + world * 5)
         most_polls = tl.where((failed != 0) & (retry == 0), 1, polls)
         before = tl.load(consumed_ptr + source)
         signal_ptr = (base + signals_at + source * 8).to(tl.pointer_type(tl.int64))
@@ -110,8 +112,10 @@ def wait_signals_kernel(
             tl.store(found_ptr, what)
             tl.store(found_ptr + 1, more)
             tl.store(found_ptr + 2, last)
+            tl.store(found_ptr + 3, word0)
+            tl.store(found_ptr + 4, word1)
         if what != 0:
-            tl.store(status_ptr + world * 3, 1)
+            tl.store(status_ptr + world * 5, 1)
 
 
 def wait_signals_triton(

@@ -92,13 +92,11 @@ class DispatchPlan:
         return self.arrange_R if self.once is None else self.once.row_ids_R
 
 
-def check_slots(slot_ids_TK: Tensor, num_slots: int) -> None:
-    """Raises ConfigError for an id outside -1..P-1; waits for the device."""
-    if slot_ids_TK.numel():
-        lowest, highest = int(slot_ids_TK.min()), int(slot_ids_TK.max())
-        if lowest < -1 or highest >= num_slots:
-            found = lowest if lowest < -1 else highest
-            raise ConfigError(f"slot_ids must be in -1..{num_slots - 1}, found {found}")
+def check_slots(slot_ids: Integers, num_slots: int) -> None:
+    """Raises ConfigError for an id outside -1..P-1."""
+    lowest, highest = (slot_ids.min(), slot_ids.max()) if slot_ids.size else (0, 0)
+    if lowest < -1 or highest >= num_slots:
+        raise ConfigError(f"slot_ids must be in -1..{num_slots - 1}, found {lowest if lowest < -1 else highest}")
 
 
 def check_form(slot_ids_TK: Tensor) -> None:
@@ -116,9 +114,7 @@ def plan_outgoing(slot_ids_TK: Tensor, num_slots: int, device: torch.device | No
     """
     flat_N = slot_ids_TK.reshape(-1).cpu().numpy()
     count = len(flat_N)
-    lowest, highest = (flat_N.min(), flat_N.max()) if count else (0, 0)
-    if lowest < -1 or highest >= num_slots:
-        raise ConfigError(f"slot_ids must be in -1..{num_slots - 1}, found {lowest if lowest < -1 else highest}")
+    check_slots(flat_N, num_slots)
     order_N = (flat_N.astype(np.int16) if num_slots < 1 << 15 else flat_N).argsort(kind="stable")  # 16 bits: by radix
     none, *counts_P = np.bincount(flat_N + 1, minlength=num_slots + 1).tolist()
     position_N = np.empty_like(order_N)

@@ -58,7 +58,7 @@ def place_rows_kernel(
     for first in range(0, N, BLOCK):
         at = first + tl.arange(0, BLOCK)
         ids = tl.load(slot_ids_ptr + at, mask=at < N, other=-1)
-        start += tl.sum(((ids >= 0) & (ids < slot) & (ids < P)).to(tl.int32))
+        start += tl.sum(((ids >= 0) & (ids < slot)).to(tl.int32))
     count = 0
     for first in range(0, N, BLOCK):
         at = first + tl.arange(0, BLOCK)

@@ -28,23 +28,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossdock.comm.agreement import PHASE_BYTES, odd_one, phase_text, phase_words
+from crossdock.comm.latency_bounds import Bounds
 from crossdock.comm.latency_tracks import TrackForm, Tracks
 from crossdock.comm.local import LocalTransport
-from crossdock.comm.one_sided import Box, Parcel, power_of_two
+from crossdock.comm.one_sided import TAG, Box, Parcel, power_of_two
 from crossdock.comm.one_sided_wait import DIFFERENT, TOO_MANY, Awaited
 from crossdock.comm.symmetric_heap import FIRST, SymmetricHeap
-from crossdock.comm.symmetric_mailbox import Mailbox, make_line
+from crossdock.comm.symmetric_mailbox import Mailbox, ended, make_line
 from crossdock.comm.torch_dist import TorchTransport
 from crossdock.comm.transport import Pending, Then, Transport, bytes_of
-from crossdock.errors import PlanMismatch
+from crossdock.errors import CrossdockError
 from crossdock.parallel import EPGroup
-from crossdock.parallel.standing import Turn
+from crossdock.parallel.standing import Failure, Turn
 
 IN_FLIGHT = 2
 BUFFERS = 2 * IN_FLIGHT
 LEAST_REGION = 1 << 12  # bytes
-PHASE_BYTES = 96  # of a phase's name that travel, so that errors can quote it
-TAG = 1 << 62  # in the words of messages: they differ from what no exchange has written
 ANY = TAG - 1  # a bound that nothing exceeds
 
 
@@ -78,11 +78,12 @@ class SymmetricTransport:
         self.control, self.device, self.line = control, device, make_line(control)
         self.rank, self.world_size, self.timeout_s = control.rank, control.world_size, control.timeout_s
         self.topology, self.members = control.topology, control.members
+        self.grown: dict[tuple[TrackForm, int], Bounds] = {}  # of latency mode: layers of one form and K grow as one
         self._tracks: dict[TrackForm, Tracks] = {}
         self._boxes: list[Mailbox] = []
         self._flying: deque[_Exchange] = deque()
         self._started = 0
-        self._mismatch: PlanMismatch | None = None
+        self._mismatch: CrossdockError | None = None
 
     def split(self, parts: Sequence[Sequence[int]]) -> Transport:
         """As of every transport; a part with ranks of several nodes gets the transport that reaches those."""
@@ -134,6 +135,9 @@ class SymmetricTransport:
             self._tracks[form] = Tracks(form, heap)
         return self._tracks[form]
 
+    def all_tracks(self) -> tuple[Tracks, ...]:
+        return tuple(self._tracks.values())
+
     def _allocate(self, region_bytes: int, phase: str) -> None:
         """Boxes with room for that much from one rank. A collective."""
         region_bytes, words = max(LEAST_REGION, power_of_two(region_bytes)), 1 + PHASE_BYTES // 8
@@ -149,12 +153,12 @@ class SymmetricTransport:
         return [0 if rank == self.rank else count for rank, count in enumerate(exchange.send_counts)]
 
     def _send(self, exchange: _Exchange) -> None:
-        leaving, phase = self._leaving(exchange), exchange.turn.phase.encode()[:PHASE_BYTES]
+        leaving = self._leaving(exchange)
         ends = list(accumulate(exchange.send_counts))
         starts = [end - count for end, count in zip(ends, exchange.send_counts, strict=True)]
         message = np.zeros((self.world_size, 1 + PHASE_BYTES // 8), np.int64)
         message[:, 0] = leaving
-        message[:, 1:] = np.frombuffer(phase.ljust(PHASE_BYTES, b"\0"), np.int64)
+        message[:, 1:] = phase_words(exchange.turn.phase)
         places_2W = torch.tensor([starts, [start + count for start, count in zip(starts, leaving, strict=True)]])
         first_W, last_W = places_2W.to(self.device).unbind(0)
         message_WM = torch.from_numpy(message).to(self.device)
@@ -189,19 +193,26 @@ class SymmetricTransport:
         self._flying.popleft()
 
     def _check(self, exchange: _Exchange, found: list[list[int]], messages: list[list[int]]) -> None:
-        """Raises PlanMismatch where a rank is in another exchange, or sends another number of rows or bytes."""
-        where, row_bytes = f"rank {self.members[self.rank]}: {exchange.turn.phase}", exchange.rows_SB.shape[1]
-        for rank, ((what, *_), message) in enumerate(zip(found, messages, strict=True)):
-            _, _, _, their_bytes, count, *text = message
-            who, expected = f"rank {self.members[rank]}", exchange.recv_counts[rank]
-            if what == DIFFERENT:
-                phase = np.array(text).tobytes().rstrip(b"\0").decode(errors="ignore")
-                self._mismatch = PlanMismatch(f"{where}: {who} is elsewhere: {phase}")
-            elif rank != self.rank and (count, their_bytes) != (expected, row_bytes):
-                sent = f"{count} rows of {their_bytes} bytes"
-                self._mismatch = PlanMismatch(f"{where}: {who} sends {sent}, expected {expected} of {row_bytes}")
-            if self._mismatch is not None:
-                raise self._mismatch
+        """Raises PlanMismatch where a rank is in another exchange, or sends another number of rows or bytes.
+
+        It is the group's failure: what was sent behind it fits together no more.
+        """
+        row_bytes = exchange.rows_SB.shape[1]
+        odd, text = None, ""
+        if any(what == DIFFERENT for what, *_ in found):
+            odd = odd_one([message[:2] for message in messages])
+            text = f"is elsewhere: {phase_text(messages[odd[0]][5:])}" if odd else ""
+        elif (odd := odd_one([message[3] for message in messages])) is not None:
+            text = f"sends rows of {messages[odd[0]][3]} bytes, expected {messages[odd[1]][3]}"
+        else:
+            for rank, (message, expected) in enumerate(zip(messages, exchange.recv_counts, strict=True)):
+                if odd is None and rank != self.rank and message[4] != expected:
+                    odd, text = (rank, self.rank), f"sends {message[4]} rows of {row_bytes} bytes, expected {expected}"
+        if odd is not None:
+            who, other = (self.members[rank] for rank in odd)
+            failure = Failure("mismatch", (who,), f"rank {who} {text}", other)
+            self._mismatch = ended(self.line, failure, exchange.turn.phase)
+            raise self._mismatch
 
     def _copy_out(self, exchange: _Exchange, box: Mailbox) -> None:
         """Out of the box, which is used again, into the result; this rank's own rows from where they are."""

@@ -19,15 +19,26 @@ from crossdock.comm.one_sided_wait import MISSING, STATUS, Awaited, wait_signals
 from crossdock.comm.symmetric_heap import SymmetricHeap
 from crossdock.comm.torch_dist import TorchTransport
 from crossdock.comm.transport import Transport
-from crossdock.errors import CommTimeout
-from crossdock.parallel.standing import Turn
+from crossdock.errors import CrossdockError
+from crossdock.parallel.standing import Failure, Turn
 
 POLLS = {"cpu": 1, "cuda": 1 << 15}  # of one launch while the host waits: some tens of milliseconds on a GPU
 SHORTEST_S, LONGEST_S = 2e-5, 1e-3  # pauses of a host that looks
 
 
+class Watching(Protocol):
+    """What `parallel.watch.Watch` does: `rank` is this one's number in the world, and `fail` ends its group."""
+
+    rank: int
+
+    def fail(self, failure: Failure) -> Failure: ...
+
+
 class Line(Protocol):
     """What `parallel.watch.Channel` does: numbers this rank's exchanges, and ends waits that cannot end well."""
+
+    @property
+    def watch(self) -> Watching: ...
 
     def enter(self, phase: str) -> Turn: ...
 
@@ -35,18 +46,31 @@ class Line(Protocol):
 
 
 class Alone:
-    """The line of a world of one, where whatever is sent has arrived."""
+    """The line of a world of one, where whatever is sent has arrived, and its watch, which has nobody to tell."""
+
+    rank = 0
 
     def __init__(self, control: Transport) -> None:
         self._control = control
+        self._failure: Failure | None = None
+
+    @property
+    def watch(self) -> Watching:
+        return self
+
+    def fail(self, failure: Failure) -> Failure:
+        self._failure = self._failure or failure
+        return self._failure
 
     def enter(self, phase: str) -> Turn:
         self._control.all_gather([0], phase)  # raises after an abort
+        if self._failure is not None:
+            raise self._failure.error(0, phase)
         return Turn(0, phase, time.monotonic())
 
     def wait(self, turn: Turn, poll: Callable[[float], bool]) -> None:
         if not poll(self._control.timeout_s):
-            raise CommTimeout(f"rank 0: {turn.phase}: its own signal did not come")
+            raise ended(self, Failure("stuck", (), "its own signal did not come", 0), turn.phase)
 
 
 def make_line(control: Transport) -> Line:
@@ -55,6 +79,11 @@ def make_line(control: Transport) -> Line:
         return Alone(control)
     beside = control._channel
     return beside.watch.channel(f"{beside.name}, symmetric", control.members, control.timeout_s)
+
+
+def ended(line: Line, failure: Failure, phase: str) -> CrossdockError:
+    """The error to raise for the group's failure, which is this one unless it had one before."""
+    return line.watch.fail(failure).error(line.watch.rank, phase)
 
 
 class Mailbox:

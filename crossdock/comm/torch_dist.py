@@ -5,24 +5,37 @@ Legend: S rows sent, R rows received, D row width.
 Rows travel as uint8 views, because gloo refuses float8 and because an exchange of bytes changes no bits. The backends
 are called directly: torch.distributed's functions check what was checked here already, at 10 us a call. A wait is a
 `Channel`'s: it ends when the group fails anywhere, and names the rank to blame.
+
+Gloo ends the process where a rank gets more bytes than it expects, and leaves garbage where it gets less. So all
+messages of a gather are equally long, the longest any gather had so far, and begin with a tag:
+
+    true length | checksum of all phases so far, rows' too | this phase's name | values | padding
+
+Ranks that gather other numbers of integers are told apart by it, and so are ranks that have come by other exchanges:
+those that moved rows in another order got wrong ones, and learn it at the next gather, which is the next plan's.
 """
 
-import hashlib
+import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from crossdock.comm.transport import Pending, Then, bytes_of, check_parts, part_topology
-from crossdock.errors import ConfigError, PlanMismatch
+from crossdock.comm.agreement import PHASE_BYTES, agree_on_parts, odd_one, phase_text, phase_words
+from crossdock.comm.transport import Pending, Then, bytes_of, part_topology
+from crossdock.errors import ConfigError
 from crossdock.parallel import EPGroup, Topology
 from crossdock.parallel.bond import Links
-from crossdock.parallel.standing import Turn
+from crossdock.parallel.standing import Failure, Turn
 from crossdock.parallel.watch import SLICE_S
 
 SLICE = timedelta(seconds=SLICE_S)
+TAG_WORDS = 2 + PHASE_BYTES // 8
+FIRST_ROOM, MOST_ROOM = 32, 1 << 12  # integers in a gather's messages: at first, and at most for good
 
 
 class TorchTransport:
@@ -43,20 +56,14 @@ class TorchTransport:
         self.timeout_s = group.timeout_s
         self._channel = group.bonded().watch.channel(name, members, group.timeout_s)
         self._users = self._splits = 0
+        self._room, self._so_far = FIRST_ROOM, 0
 
     def abort(self, why: str) -> None:
         self._channel.watch.abort(why)
 
     def split(self, parts: Sequence[Sequence[int]]) -> "TorchTransport":
-        check_parts(parts, self.world_size)
-        digest = hashlib.sha256(repr([list(part) for part in parts]).encode()).digest()
-        ours = int.from_bytes(digest[:8], "big") >> 1
-        for rank, (theirs,) in enumerate(self.all_gather([ours], "split")):
-            if theirs != ours:
-                me, other = self.members[self.rank], self.members[rank]
-                raise PlanMismatch(f"rank {me}: split: rank {other} has other parts, expected {list(parts)} as here")
+        number, part = agree_on_parts(self, parts)
         self._splits += 1
-        number, part = next((n, part) for n, part in enumerate(parts) if self.rank in part)
         name = f"{self._channel.name}, part {number} of split {self._splits}"
         members = tuple(self.members[rank] for rank in part)
         mine = TorchTransport.__new__(TorchTransport)
@@ -70,19 +77,53 @@ class TorchTransport:
         return self._users - 1
 
     def all_gather(self, values: list[int], phase: str) -> list[list[int]]:
-        turn = self._channel.enter(phase)
-        mine = torch.tensor(values, dtype=torch.int64)
-        gathered_WN = torch.empty(self.world_size, len(values), dtype=torch.int64)
-        all_W = [list(gathered_WN.unbind(0))]
-        moving = _Moving(self._begin(lambda links: links.control.allgather(all_W, [mine])))
-        self._finish(turn, moving, moving.poll)
-        rows: list[list[int]] = gathered_WN.tolist()
+        length = len(values)
+        gathered_WN = self._gather(values, self._room, phase)
+        if length > self._room:  # on every rank, as they have seen
+            self._room = length if length <= MOST_ROOM else self._room
+            gathered_WN = self._gather(values, length, phase)
+        self._so_far = zlib.crc32(phase.encode(), self._so_far)
+        rows: list[list[int]] = gathered_WN[:, TAG_WORDS : TAG_WORDS + length].tolist()
         return rows
+
+    def _gather(self, values: list[int], room: int, phase: str) -> npt.NDArray[np.int64]:
+        """Every rank's tag and its first `room` values."""
+        turn = self._channel.enter(phase)
+        mine_N = np.zeros(TAG_WORDS + room, np.int64)
+        mine_N[:2] = len(values), self._so_far
+        mine_N[2:TAG_WORDS] = phase_words(phase)
+        mine_N[TAG_WORDS : TAG_WORDS + len(values)] = values[:room]
+        gathered_WN = np.empty((self.world_size, len(mine_N)), np.int64)
+        mine, all_W = [torch.from_numpy(mine_N)], [list(torch.from_numpy(gathered_WN).unbind(0))]
+        moving = _Moving(self._begin(lambda links: links.control.allgather(all_W, mine)))
+        self._finish(turn, moving, moving.poll)
+        tags: list[list[int]] = gathered_WN[:, :2].tolist()
+        if tags.count(tags[0]) < len(tags):
+            self._tell_apart(tags, gathered_WN, turn)
+        return gathered_WN
+
+    def _tell_apart(self, tags: list[list[int]], gathered_WN: npt.NDArray[np.int64], turn: Turn) -> None:
+        """Raises PlanMismatch, and makes it the group's failure; all ranks have the same tags, and find the same."""
+        lengths = [length for length, _ in tags]
+        found = odd_one(lengths) or odd_one(tags)
+        assert found is not None
+        (odd, other), who = found, f"rank {self.members[found[0]]}"
+        theirs, ours = (phase_text(gathered_WN[rank, 2:TAG_WORDS].tolist()) for rank in found)
+        if theirs != ours:
+            text = f"{who} is elsewhere: {theirs}"
+        elif lengths[odd] != lengths[other]:
+            text = f"{who} gathers {lengths[odd]} integers, expected {lengths[other]}"
+        else:
+            text = f"{who} has come here by other exchanges, or in another order, than rank {self.members[other]}"
+        watch = self._channel.watch
+        failure = Failure("mismatch", (self.members[odd],), text, self.members[other])
+        raise watch.fail(failure).error(watch.rank, turn.phase)
 
     def all_to_all_rows(
         self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
     ) -> Pending[Tensor]:
         turn = self._channel.enter(phase)
+        self._so_far = zlib.crc32(phase.encode(), self._so_far)
         bytes_SB = bytes_of(rows_SD)
         arrived_RB = bytes_SB.new_empty(sum(recv_counts), bytes_SB.shape[1])
         work = self._begin(lambda links: links.rows.alltoall_base(arrived_RB, bytes_SB, recv_counts, send_counts))
@@ -93,7 +134,7 @@ class TorchTransport:
             assert bytes_SB is not None  # kept alive until everything has left
             return arrived_RB.view(rows_SD.dtype)
 
-        return Then(finish)
+        return Then(finish, moving.on_arrival)
 
     def _finish(self, turn: Turn, moving: "_Moving", poll: Callable[[float], bool]) -> None:
         try:
@@ -126,6 +167,16 @@ class _Moving:
                 return False
             self.work.wait()  # done in between, or else this raises again
         return True
+
+    def on_arrival(self, call: Callable[[], None]) -> None:
+        """As of `Then`; what breaks has not arrived."""
+
+        def arrived(future: Any) -> None:
+            future.value()  # raises what broke it
+            call()
+
+        if self.work is not None:
+            self.work.get_future().then(arrived)
 
     def left_to_the_stream(self, seconds: float) -> bool:
         """Does not wait: the GPU's stream will."""

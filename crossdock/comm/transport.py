@@ -92,7 +92,7 @@ class Transport(Protocol):
         ...
 
     def all_gather(self, values: list[int], phase: str) -> list[list[int]]:
-        """Every rank's int64 values, by rank; all ranks must give equally many, which is not checked."""
+        """Every rank's int64 values, by rank. Raises PlanMismatch, for good, where a rank gives another number."""
         ...
 
     def all_to_all_rows(

@@ -27,7 +27,8 @@ STRIPS = 8
 def quantize_rows_ref(x_RK: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     """The specification, and the torch backend: [R, K] -> codes [R, K] e4m3, scales [R, B] float32."""
     rows, inner = x_RK.shape
-    x_RBC = F.pad(x_RK.float(), (0, -inner % BLOCK)).reshape(rows, -(-inner // BLOCK), BLOCK)
+    x_RK = F.pad(x_RK.float(), (0, -inner % BLOCK)) if inner % BLOCK else x_RK.float()  # a pad by nothing copies too
+    x_RBC = x_RK.reshape(rows, -(-inner // BLOCK), BLOCK)
     scale_RB = scale_of(x_RBC.abs().amax(-1), pow2)
     q_RBC = encode(x_RBC, scale_RB[..., None])
     return q_RBC.reshape(rows, q_RBC.shape[1] * BLOCK)[:, :inner].contiguous(), scale_RB
@@ -53,8 +54,14 @@ def scale_of(amax: Tensor, pow2: bool) -> Tensor:
 
 
 def encode(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale as e4m3, and 0 where the scale is NaN, so that codes are never NaN themselves."""
-    return torch.where(scale == scale, x / scale, 0.0).to(torch.float8_e4m3fn)
+    """x / scale as e4m3, and 0 where the scale is NaN, so that codes are never NaN themselves.
+
+    A CPU looks whether any is, which costs nothing there, where choosing costs as much as the rest.
+    """
+    scaled = x / scale
+    if x.device.type != "cpu" or bool(scale.isnan().any()):
+        scaled = torch.where(scale == scale, scaled, 0.0)
+    return scaled.to(torch.float8_e4m3fn)
 
 
 def spread(scale: Tensor, size: int, dim: int) -> Tensor:

@@ -24,12 +24,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crossdock.comm.transport import Transport
 from crossdock.errors import ConfigError, CrossdockError
 from crossdock.models.cache import Batch, PagedCache, Sequence, Span
 from crossdock.models.sampling import Sampling, sample
+from crossdock.moe import MoELayer
 
 PAGE_SIZE = 64  # tokens a page
 DRAFT_TOKENS = 3  # at most, a step, where nothing else is asked for and the model has an MTP layer
@@ -112,6 +113,8 @@ class _Generator:
         device: torch.device,
     ) -> None:
         self.model, self.transport, self.sampling, self.device = model, transport, sampling, device
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        self.moe_layers = [module for module in modules if isinstance(module, MoELayer)]
         self.max_new_tokens, self.stop_ids, self.draft_tokens = max_new_tokens, stop_ids, draft_tokens
         mine = range(transport.rank, len(prompts), transport.world_size)
         self.active = [_Active(i, list(prompts[i]), len(prompts[i])) for i in mine]
@@ -134,6 +137,8 @@ class _Generator:
         hidden_TD = self.model(self._ids(fed), batch, self.cache)
         read = [row for span in batch.spans for row in _sampled_rows(span)]
         logits_RV = self.model.logits(hidden_TD[read]) if read else hidden_TD.new_empty(0, 0)
+        for layer in self.moe_layers:  # sampling waits for the device anyway, and must not read what means nothing
+            layer.check()
         row = 0
         kept: list[int] = []
         for a, ids, span in zip(live, fed, batch.spans, strict=True):
@@ -259,7 +264,7 @@ def generate(
     drafted by the MTP layer and verified together in each step. `dtype` is the cache's. `on_token(prompt, token)` is
     called on the rank that owns the prompt. Raises ConfigError for a prompt that is empty, longer than the context or
     holds an id outside the vocabulary, for max_new_tokens below 1, and for drafts of a model without an MTP layer,
-    CrossdockError for logits that are not finite.
+    CrossdockError for logits that are not finite, and what `MoELayer.check` raises.
     """
     _check(model, prompts, max_new_tokens, draft_tokens)
     sampling, device = sampling or Sampling(), torch.device(device)

@@ -73,9 +73,14 @@ class ExchangeConfig:
     capacity      latency mode: rows one rank can send to another in one call; 0: as many as can occur
     on_overflow   latency mode, where capacity is too small: "raise" CapacityOverflow, or "grow" and go again
     chunks        parts a layer's tokens are worked on in, one travelling while another computes; 0: by a cost model;
-                  the bits are the same for any number
+                  the bits are the same for any number. On GPUs with transport symmetric chunks hide little: what
+                  computes waits for all that was launched for rows so far, those of the next chunk included
 
     "node" where all ranks share one node is "flat": nothing crosses. In a world of one nothing travels, in any mode.
+
+    In latency mode on a GPU, what is wrong (an overflow, a rank that is missing) is found by the device and raised by a
+    later call, or by `MoELayer.check`: call that before results of the last layer are used. There an overflow with
+    on_overflow "raise" is final for the group: every later call raises it again.
     """
 
     hierarchy: Literal["flat", "node"] = "flat"

@@ -1,25 +1,39 @@
-"""Training over ranks: what every rank holds whole gets the sum of all ranks' gradients; experts already have theirs.
+"""Training over ranks: what several ranks hold gets the sum of their gradients, and they all the same bits.
 
-Legend: W ranks, N values of all replicated gradients together.
+Legend: W ranks, N values of all replicated gradients together, S replicas sent, R replicas received, V values of an
+expert.
 
-An expert's gradient is whole where it lives, because the backward of the exchange brings it every row. Routers, shared
-experts and whatever else a model replicates have seen this rank's tokens only. The sum is taken in rank order, each
-rank summing one share of it, so that all ranks hold the same bits.
+An expert's gradient is whole where it lives alone, because the backward of the exchange brings it every row. Each
+replica of an expert has seen its own rows only, and routers, shared experts and whatever else a model replicates this
+rank's tokens only: left alone they would drift apart. Sums are taken in the order of ranks or slots, each at one rank,
+which gives it to the others.
 """
 
 import torch
 from torch import Tensor, nn
 
 from crossdock.comm.transport import Transport
+from crossdock.errors import ConfigError
 from crossdock.moe.experts import Experts
+from crossdock.moe.layer import MoELayer
+from crossdock.parallel import ExpertPlacement
 
 
 def sum_replicated_gradients(model: nn.Module, transport: Transport) -> None:
-    """Replaces the gradient of every parameter outside `Experts` by its sum over the ranks; a collective.
+    """Replaces the gradient of every parameter outside `Experts` by its sum over the ranks, and that of each expert
+    with several replicas by the sum over these; a collective.
 
     A parameter without a gradient on this rank counts as zero. Sums are float32. Call it between backward and the
-    optimiser's step; scale the loss by the number of tokens of all ranks beforehand to get a mean.
+    optimiser's step; scale the loss by the number of tokens of all ranks beforehand to get a mean. Raises ConfigError
+    naming a layer whose experts are spread over another number of ranks.
     """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
+    for name, layer in layers:
+        if layer.placement.world_size != transport.world_size:
+            raise ConfigError(f"the experts of layer {name!r} stand on {layer.placement.world_size} ranks, "
+                              f"but gradients are to be summed over {transport.world_size}")  # fmt: skip
+    for name, layer in layers:
+        _sum_replicas(layer, transport, f"sum of replicas' gradients in layer {name}")
     if transport.world_size == 1:
         return
     sharded = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
@@ -47,3 +61,45 @@ def _sum(flat_N: Tensor, transport: Transport) -> Tensor:
         total_S = total_S + share_S
     everyone = total_S.expand(world_size, -1)
     return transport.all_to_all_rows(everyone, ones, ones, "all-gather of gradients").wait().reshape(-1)[:count]
+
+
+def _sum_replicas(layer: MoELayer, transport: Transport, phase: str) -> None:
+    """Replicas of one expert all get the sum of their gradients, added up in ascending order of their slots."""
+    placement, rank = layer.placement, transport.rank
+    weights = [weight for weight in layer.experts.parameters() if weight.requires_grad]
+    home = _homes(placement)
+    if not weights or not home:
+        return
+    own = placement.slots_of_rank(rank)
+    leaving = sorted((slot for slot in own if slot in home), key=lambda slot: (home[slot], slot))
+    arriving = sorted(slot for slot in home if home[slot] == rank)  # which is by the rank that sends it, too
+    sends = [sum(home[slot] == peer for slot in leaving) for peer in range(transport.world_size)]
+    receives = [sum(slot in placement.slots_of_rank(peer) for slot in arriving) for peer in range(transport.world_size)]
+    at_S = torch.tensor([slot - own.start for slot in leaving], dtype=torch.int64, device=weights[0].device)
+    sent_SV = torch.cat([_gradient(weight).index_select(0, at_S).flatten(1).float() for weight in weights], 1)
+    rows_RV = transport.all_to_all_rows(sent_SV, sends, receives, phase).wait()
+    totals: dict[int, Tensor] = {}
+    for slot, row_V in zip(arriving, rows_RV, strict=True):
+        expert = placement.physical_to_logical[slot]
+        totals[expert] = totals[expert] + row_V if expert in totals else row_V
+    sums = [totals[placement.physical_to_logical[slot]] for slot in arriving]
+    sums_RV = torch.stack(sums) if sums else rows_RV
+    back_SV = transport.all_to_all_rows(sums_RV, receives, sends, phase).wait()
+    widths = [weight[0].numel() for weight in weights]
+    for weight, part_SV in zip(weights, torch.split(back_SV, widths, 1), strict=True):
+        gradient, part = _gradient(weight), part_SV.reshape(-1, *weight.shape[1:]).to(weight.dtype)
+        weight.grad = gradient.index_copy(0, at_S, part)
+
+
+def _homes(placement: ExpertPlacement) -> dict[int, int]:
+    """For each slot of an expert that has several: the rank at which these are added up, another for each expert."""
+    slots: dict[int, list[int]] = {}
+    for slot, expert in enumerate(placement.physical_to_logical):
+        if expert >= 0:
+            slots.setdefault(expert, []).append(slot)
+    return {
+        slot: held[expert % len(held)] // placement.slots_per_rank
+        for expert, held in slots.items()
+        if len(held) > 1
+        for slot in held
+    }

@@ -71,15 +71,29 @@ def length(stretches: Iterable[Stretch]) -> float:
     return sum(end - begin for begin, end in union(stretches))
 
 
-def hidden_fraction(flights: Iterable[Stretch], waits: Iterable[Stretch]) -> float | None:
-    """Of the time in which a rank's rows are in flight, the part in which it did not wait; None where none flew.
+def flown_and_seen(flights: Iterable[Stretch], waits: Iterable[Stretch]) -> tuple[float, float]:
+    """The time in which a rank's rows are in flight, and the part of it in which it waits.
 
     In flight is from handing rows over until the last of those expected has arrived, so a peer that sends late counts
-    as traffic. Packing rows and putting them in order count as computing: a processor does them.
+    as traffic. Where a transport does not tell of arrivals, rows count as in flight until the wait that finds them, and
+    more of the traffic seems hidden than is. Packing rows and putting them in order count as computing: a processor
+    does them.
 
-    >>> hidden_fraction([(0, 4), (2, 8)], [(0, 1), (7, 9)])
-    0.75
+    >>> flown_and_seen([(0, 4), (2, 8)], [(0, 1), (7, 9)])
+    (8, 2)
     """
     flying = union(flights)
-    total = length(flying)
-    return None if total == 0 else 1.0 - length(shared(flying, waits)) / total
+    return length(flying), length(shared(flying, waits))
+
+
+def hidden_fraction(ranks: Iterable[tuple[float, float]]) -> float | None:
+    """Of the time in which rows are in flight, the part in which their ranks do not wait; None where none flew.
+
+    `ranks` are what `flown_and_seen` gives for each, in any unit.
+
+    >>> hidden_fraction([(8, 2), (0, 0), (2, 2)])
+    0.6
+    """
+    pairs = list(ranks)
+    flown, seen = (sum(pair[part] for pair in pairs) for part in (0, 1))
+    return 1.0 - seen / flown if flown else None

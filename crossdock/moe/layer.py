@@ -11,6 +11,10 @@ Legend: T tokens on this rank, D hidden, E logical experts, K experts per token,
 (`crossdock.moe.pipeline`).
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +32,21 @@ from crossdock.moe.pipeline import Pipeline
 from crossdock.moe.trace import recorder_of, unwatched
 from crossdock.moe.two_batch import Steps, run
 from crossdock.moe.wire import Fp8Wire
-from crossdock.parallel import ExpertPlacement
+from crossdock.parallel import ExpertPlacement, nearest_replicas
 from crossdock.routing import Router
+
+# all that follows from who the ranks are, what they hold and how rows travel
+STANDING = ("dispatcher", "placement", "exchange", "recorder", "pipeline", "slots_EX", "replicas_E", "choose_replicas",
+            "is_alone")  # fmt: skip
+
+
+@runtime_checkable
+class FindsLater(Protocol):
+    """A form of the exchange whose device finds what is wrong, behind a host that goes on meanwhile."""
+
+    def check(self) -> None:
+        """Waits for the device, and raises what it has found."""
+        ...
 
 
 class MoELayer(nn.Module):
@@ -83,7 +100,7 @@ class MoELayer(nn.Module):
         self.experts, self.shared_experts = make_both(config, slots, ranks, dtype, device, backend)
 
     def _stand_on(self, transport: Transport, placement: ExpertPlacement, exchange: ExchangeConfig) -> None:
-        """Everything that follows from who the ranks are, what they hold and how rows travel."""
+        """Sets everything in STANDING."""
         config, device = self.config, self.load_E.device
         if placement.world_size != transport.world_size:
             raise ConfigError(f"placement is for {placement.world_size} ranks, transport has {transport.world_size}")
@@ -131,7 +148,8 @@ class MoELayer(nn.Module):
         if given != own:
             raise ConfigError(f"this rank's slots hold experts {list(own)}, the new placement has {list(given)} there: "
                               "weights do not move with it")  # fmt: skip
-        self._stand_on(transport, placement, exchange or self.exchange)
+        with as_before_on_errors([self]):
+            self._stand_on(transport, placement, exchange or self.exchange)
 
     def set_replicas(self, slots_EX: Tensor, replicas_E: Tensor) -> None:
         """From the next call on this rank's token t takes slots_EX[e, t % replicas_E[e]] for expert e.
@@ -153,6 +171,22 @@ class MoELayer(nn.Module):
         device = self.load_E.device
         self.slots_EX, self.replicas_E = slots_EX.to(device), replicas_E.to(device)
         self.choose_replicas = True
+
+    def prefer_near_replicas(self, slack: float = 0.1) -> None:
+        """From the next call on a token takes the nearest replica of an expert: its rank's own, else one on its node.
+
+        A collective, in which ranks tell one another `load_E`: none of an expert's replicas gets more than (1 + slack)
+        times an even share of that. Raises ConfigError for a slack below 0.
+        """
+        transport = self.dispatcher.transport
+        loads_WE = transport.all_gather(self.load_E.tolist(), "loads of experts")
+        if not self.placement.is_identity:
+            self.set_replicas(*nearest_replicas(self.placement, transport.topology, transport.rank, loads_WE, slack))
+
+    def check(self) -> None:
+        """Raises what is wrong with the calls so far, for which latency mode on a GPU waits; others have raised it."""
+        if self.exchange.mode == "latency" and isinstance(self.dispatcher, FindsLater):
+            self.dispatcher.check()
 
     @torch.no_grad()
     def pack(self) -> None:
@@ -189,3 +223,16 @@ class MoELayer(nn.Module):
             flow.give_back(out_RD, shared_TD)
         yield
         return flow.result()
+
+
+@contextmanager
+def as_before_on_errors(layers: Sequence[MoELayer]) -> Iterator[None]:
+    """Where the block raises, every one of the layers stands where it stood, whichever the block had moved."""
+    before = [{name: getattr(layer, name) for name in STANDING} for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, standing in zip(layers, before, strict=True):
+            for name, value in standing.items():
+                setattr(layer, name, value)
+        raise

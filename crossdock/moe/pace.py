@@ -125,6 +125,7 @@ class Pace:
         self.measures = device.type == "cpu"
         self.rates = CPU if self.measures else NVLINK if transport.topology.num_nodes == 1 else NETWORK
         self.exchange = self.products = 1.0
+        self.chosen = 1  # by the last call
         self._seen: set[str] = set()
 
     def choose(self, tokens: int) -> int:
@@ -133,7 +134,8 @@ class Pace:
         gathered = self.transport.all_gather(own, "choice of chunks")
         most, exchange, products = (max(values) for values in zip(*gathered, strict=True))
         rates = self.rates.scaled(exchange / UNIT, products / UNIT)
-        return best_chunks(rates, self.work, most, self.transport.world_size)
+        self.chosen = best_chunks(rates, self.work, most, self.transport.world_size)
+        return self.chosen
 
     def saw_exchange(self, rows: int, took_s: float, waited_s: float) -> None:
         """Rows that this rank sent, alone on the link; where the wait was short, they may have been here for long."""

@@ -117,10 +117,11 @@ class Flow:
                 self._send()
             pending = self._arriving.popleft()
             self._current, self._is_portion = pending, chunk == 0 and self._has_portions(pending)
-            for part in _portions(pending) if self._is_portion else (pending,):
+            parts = _portions(pending) if self._is_portion else [pending]
+            for number, part in enumerate(parts, 1):
                 asked_s = time.perf_counter()
                 self._inbound = self._place.finish(part)
-                if chunk == 0 and self._pace is not None:
+                if chunk == 0 and number == len(parts) and self._pace is not None:  # all rows of the chunk are here
                     now_s = time.perf_counter()
                     self._pace.saw_exchange(len(self._x[0]) * self._top_k, now_s - self._began_s, now_s - asked_s)
                 if chunk and self._arriving:  # whose first leg had the last chunk's products to arrive in
@@ -177,10 +178,10 @@ class Flow:
             self._place.start(pending.advance)
 
 
-def _portions(pending: Pending[Inbound]) -> Iterator[Pending[Inbound]]:
+def _portions(pending: Pending[Inbound]) -> list[Pending[Inbound]]:
     assert isinstance(pending, Arriving)
     portions = pending.portions()
-    return iter([Then(lambda: next(portions))] * 2)
+    return [Then(lambda: next(portions))] * 2
 
 
 def chunk_slices(tokens: int, chunks: int) -> list[slice]:

@@ -1,12 +1,15 @@
 """Where an exchange runs: on a CPU beside the caller by the transport's doing, on a GPU on a stream of its own.
 
 What packs rows, sends them and puts them in order is launched on the side stream, in the order in which all ranks start
-exchanges; events order it against the stream that computes. Virtual ranks stay on their one stream: it is what orders
-their kernels against one another's. Rejected: a stream for each direction, as two ranks could then start the same two
-exchanges in different orders.
+exchanges; events order it against the stream that computes. All layers of a device share the one side stream, because a
+transport may receive the oldest exchange under way, another layer's, on the stream of whoever starts or awaits one:
+that layer's rows would then be there for a stream that it does not wait for. Virtual ranks stay on their one stream: it
+is what orders their kernels against one another's. Rejected: a stream for each direction, as two ranks could then start
+the same two exchanges in different orders.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -42,11 +45,12 @@ class Here:
 
 
 class Beside:
-    """On a stream of its own of `device`; `module` is torch.cuda or one with the same members."""
+    """On the side stream of `device`; `module` is torch.cuda or one with the same members."""
 
     def __init__(self, device: torch.device, recorder: NoTrace, module: Any = torch.cuda) -> None:
-        self.device, self.recorder, self.module = device, recorder, module
-        self.side = module.Stream(device)
+        index = module.current_device() if device.index is None else device.index
+        self.device, self.recorder, self.module = torch.device(device.type, index), recorder, module
+        self.side = _side_stream(self.device, module)
 
     def start(self, begin: Callable[[], T], *used: Tensor | None) -> T:
         self.side.wait_stream(self.module.current_stream(self.device))
@@ -66,6 +70,11 @@ class Beside:
             if isinstance(tensor, Tensor):
                 tensor.record_stream(current)
         return value
+
+
+@cache
+def _side_stream(device: torch.device, module: Any) -> Any:
+    return module.Stream(device)
 
 
 def make_place(device: torch.device, transport: Transport, recorder: NoTrace) -> Place:

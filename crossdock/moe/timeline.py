@@ -7,7 +7,7 @@ those must nest. So flights are pairs of asynchronous events, which viewers stac
 from bisect import bisect_left, bisect_right
 from typing import Any
 
-from crossdock.moe.intervals import Stretch, hidden_fraction, length, shared, union, without
+from crossdock.moe.intervals import Stretch, flown_and_seen, hidden_fraction, union, without
 
 MEANS = "of the time in which a rank's rows are in flight, the part in which it does not wait for rows or counts"
 
@@ -48,13 +48,10 @@ def _cut(begin: float, end: float, waiting: list[Stretch]) -> list[Stretch]:
 
 
 def _summary(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    flying: list[list[Stretch]] = [told["in_flight"] for told in ranks]
-    waiting: list[list[Stretch]] = [told["waiting"] for told in ranks]
-    total = sum(map(length, flying))
-    in_sight = sum(length(shared(some, others)) for some, others in zip(flying, waiting, strict=True))
+    by_rank = [flown_and_seen(told["in_flight"], told["waiting"]) for told in ranks]
     return {
-        "fraction": None if total == 0 else 1.0 - in_sight / total,
-        "by_rank": [hidden_fraction(some, others) for some, others in zip(flying, waiting, strict=True)],
+        "fraction": hidden_fraction(by_rank),
+        "by_rank": [hidden_fraction([one]) for one in by_rank],
         "means": MEANS,
         "flights": sum(len(told["flights"]) for told in ranks),
         "arrivals_seen_at_the_wait_only": sum(told["seen_at_wait"] for told in ranks),

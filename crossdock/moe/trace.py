@@ -28,7 +28,7 @@ from torch import Tensor
 
 from crossdock.comm.transport import Done, Pending, Transport
 from crossdock.errors import ConfigError
-from crossdock.moe.intervals import hidden_fraction, union
+from crossdock.moe.intervals import flown_and_seen, hidden_fraction, union
 from crossdock.moe.timeline import chrome_trace
 
 MOST = 200_000  # stretches of a rank; later ones are left out, and the trace says so
@@ -139,7 +139,7 @@ class Recorder(NoTrace):
     def hidden(self) -> float | None:
         """This rank's `hidden_fraction`."""
         told = self.told()
-        return hidden_fraction(told["in_flight"], told["waiting"])
+        return hidden_fraction([flown_and_seen(told["in_flight"], told["waiting"])])
 
     def told(self) -> dict[str, Any]:
         """Everything in seconds, as plain lists."""
@@ -230,7 +230,8 @@ def recorder_of(transport: Transport) -> NoTrace:
 def traced(path: Path | None, transport: Transport, device: torch.device | None = None) -> Iterator[Transport]:
     """A transport to build layers on; their timeline is in `path` after the block, written by rank 0.
 
-    A collective at its end, unless the block raises. Raises ConfigError where the file cannot be written.
+    `device` is that of the rows. A collective at its end, unless the block raises. Raises ConfigError where the file
+    cannot be written: what the block has found is to be told inside it.
     """
     if path is None:
         yield transport
@@ -238,17 +239,17 @@ def traced(path: Path | None, transport: Transport, device: torch.device | None 
     on_device = device is not None and device.type == "cuda"
     recorder = Recorder(DeviceClock() if on_device else HostClock())
     yield Watched(transport, recorder)
-    write_trace(path, recorder, transport)
+    write_trace(path, recorder, transport, device or torch.device("cpu"))
 
 
-def write_trace(path: Path, recorder: Recorder, transport: Transport) -> None:
-    """Every rank's timeline into one file, by rank 0. A collective."""
+def write_trace(path: Path, recorder: Recorder, transport: Transport, device: torch.device) -> None:
+    """Every rank's timeline into one file, by rank 0, over the memory that rows travel from. A collective."""
     told = json.dumps(recorder.told()).encode()
     sizes = [size for (size,) in transport.all_gather([len(told)], "sizes of traces")]
     to_first = [len(told)] + [0] * (transport.world_size - 1)
     expected = sizes if transport.rank == 0 else [0] * transport.world_size
-    mine = torch.frombuffer(bytearray(told), dtype=torch.uint8)[:, None]
-    rows = transport.all_to_all_rows(mine, to_first, expected, "traces").wait()
+    mine = torch.frombuffer(bytearray(told), dtype=torch.uint8)[:, None].to(device)
+    rows = transport.all_to_all_rows(mine, to_first, expected, "traces").wait().cpu()
     if transport.rank:
         return
     ranks = [json.loads(part.numpy().tobytes()) for part in torch.split(rows, expected)]

@@ -104,7 +104,10 @@ def _pack(weights: Sequence[float], kinds: Sequence[int], packs: int) -> list[li
         pack = min(fitting or open_packs, key=lambda p: (load[p], p))
         if not fitting:  # every open pack has this kind: trade places with an item of a full pack that lacks it
             for full in (p for p in range(packs) if kinds[item] not in having[p]):
-                moved = min((i for i in held[full] if kinds[i] not in having[pack]), key=lambda i: weights[i])
+                tradable = [i for i in held[full] if kinds[i] not in having[pack]]
+                if not tradable:  # all its kinds are in the open pack, too: one of them is there twice in the end
+                    continue
+                moved = min(tradable, key=lambda i: weights[i])
                 held[full][held[full].index(moved)] = item
                 load[full] += weights[item] - weights[moved]
                 item = moved
@@ -146,11 +149,11 @@ class BalanceReport:
 
 
 def balance_report(weight_NE: Tensor, physical_to_logical_NP: Tensor, num_gpus: int) -> BalanceReport:
-    """What a placement makes of a load [N, E]: replicas share their expert's load evenly."""
+    """What a placement (-1: an empty slot) makes of a load [N, E]: replicas share their expert's load evenly."""
     load_NW, bound_N = [], []
     slots = physical_to_logical_NP.shape[1]
     for loads, placed in zip(weight_NE.double().tolist(), physical_to_logical_NP.tolist(), strict=True):
-        share = [loads[expert] / placed.count(expert) for expert in placed]
+        share = [loads[expert] / placed.count(expert) if expert >= 0 else 0.0 for expert in placed]
         per_gpu = slots // num_gpus
         load_NW.append([sum(share[r * per_gpu : (r + 1) * per_gpu]) for r in range(num_gpus)])
         bound_N.append(lower_bound(loads, slots, num_gpus))

@@ -41,13 +41,11 @@ class Links:
 class Bond:
     """The watch over a group, the store where its parts meet, and its links: the whole group's first, then the parts'.
 
-    `process_group` is the group's own: torch's default group (`is_default`), or one that nobody else uses.
+    `process_group` is the group's own: torch's default group where crossdock started that, or one nobody else uses.
     """
 
-    def __init__(
-        self, watch: Watch, store: Store, process_group: dist.ProcessGroup, device: torch.device, is_default: bool
-    ) -> None:
-        self.watch, self._device, self._is_default = watch, device, is_default
+    def __init__(self, watch: Watch, store: Store, process_group: dist.ProcessGroup, device: torch.device) -> None:
+        self.watch, self._device = watch, device
         self._store: Store | None = store
         self.whole = Links(process_group, device)
         self._parts: list[Links] = []
@@ -67,14 +65,15 @@ class Bond:
         return links
 
     def let_go(self) -> list[Any]:
-        """Drops all links, and hands over what is left of them to be released."""
+        """Drops all links, and hands over what is left of them to be released. An engine's groups stay as they are."""
         with self._letting_go:  # a failure does so from a thread of its own
-            kept = [one for links in [self.whole, *self._parts] for one in links.drop()]
+            kept: list[Any] = [one for links in [self.whole, *self._parts] for one in links.drop()]
             self._parts.clear()
             self._store = None
-            if kept and dist.is_initialized():
-                with suppress(ValueError):  # not in torch's registry: nothing to take out of it
-                    dist.destroy_process_group(None if self._is_default else kept[0])
+            if dist.is_initialized() and any(one is dist.group.WORLD for one in kept[:1]):
+                if self.watch.failure is not None:
+                    kept[0].abort()  # else NCCL would wait for what is pending before it is taken apart
+                dist.destroy_process_group()
             return kept
 
 
@@ -103,6 +102,18 @@ def connect(store: Store, name: str, rank: int, size: int, device: torch.device,
         options._timeout = wait
         nccl = dist.ProcessGroupNCCL(PrefixStore("cuda", inside), rank, size, options)
         group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
+        connect_rows(group, device)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     group._set_group_name(name)  # type: ignore[arg-type]
     return group
+
+
+def connect_rows(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Makes NCCL's connections now, while the wait for it is bounded: else the first exchange would, on the stream.
+
+    Where NCCL refuses, that exchange says why: ranks may share a GPU, which other transports do not mind.
+    """
+    eager = getattr(group._get_backend(device), "eager_connect_single_device", None) if device.type == "cuda" else None
+    if eager is not None:
+        with suppress(RuntimeError):
+            eager(device)

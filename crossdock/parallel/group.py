@@ -23,7 +23,8 @@ from crossdock.parallel.mpi_launch import join_mpi
 from crossdock.parallel.topology import Topology
 
 LONGEST_S = 1e9  # 31 years: torch counts its timeouts in 64-bit nanoseconds
-MPIEXEC = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))  # of MPICH, of Open MPI
+# Of MPICH, of Open MPI. The command line, which reads them before torch is imported, has its own.
+MPIEXEC = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class EPGroup:
         What is made of it is a process group of those ranks that is crossdock's alone: collectives of the engine do not
         meet these, and closing this group leaves the engine's as it is. Raises ConfigError and CommTimeout as `init`.
         """
-        _check_timeout(timeout_s)
+        check_timeout(timeout_s)
         if not dist.is_initialized():
             raise ConfigError("torch.distributed is not initialised in this process: use crossdock.init()")
         given = process_group or dist.group.WORLD
@@ -94,23 +95,22 @@ class EPGroup:
         members: tuple[int, ...] = (),
     ) -> "EPGroup":
         """The group that `bond` holds together, and that falls apart on every rank when one of them fails."""
-        group = cls(rank, world_size, device, bond.whole.process_group, topology, timeout_s, None, members, bond)
-        bond.watch.on_failure.append(lambda: release(group.let_go()))
+        group = cls(rank, world_size, device, None, topology, timeout_s, None, members)
+        group.hold(bond)
         return group
 
-    def bonded(self) -> Bond:
-        """The bond; a group that mpiexec started gets one at the first call, which is a collective then.
+    def hold(self, bond: Bond) -> None:
+        """From now on `bond` holds this group together; its failure lets go of the process group."""
+        object.__setattr__(self, "bond", bond)
+        object.__setattr__(self, "process_group", bond.whole.process_group)
+        bond.watch.when_failed(lambda: release(self.let_go()))
 
-        Raises ConfigError where there is no process group, or none any more.
-        """
-        if self.bond is None:
-            if self.process_group is None:
-                raise ConfigError(f"rank {self.rank}: this group has no process group: it is closed, or never had one")
-            bond, _ = adopt(self.process_group, self.device, self.timeout_s, self.topology, owned=True)
-            object.__setattr__(self, "bond", bond)
-            bond.watch.on_failure.append(lambda: release(self.let_go()))
-        assert self.bond is not None
-        return self.bond
+    def bonded(self) -> Bond:
+        """The bond. Raises ConfigError where there is none, or none any more."""
+        bond = self.bond
+        if bond is None:
+            raise ConfigError(f"rank {self.rank}: this group has no process group: it is closed, or never had one")
+        return bond
 
     def abort(self, why: str) -> None:
         """Ends all waits of every rank soon: each raises RankFailure naming this rank and `why`. Waits for nobody."""
@@ -124,15 +124,16 @@ class EPGroup:
         if self.communicator is not None:
             self.communicator.close()
             object.__setattr__(self, "communicator", None)
+        bond = self.bond
         self.let_go().clear()
-        if self.bond is not None:
-            self.bond.watch.close()
+        if bond is not None:
+            bond.watch.close()
+            object.__setattr__(self, "bond", None)
 
     def let_go(self) -> list[Any]:
         """Leaves the process group, and hands over what is left of it: the last reference waits for what is pending."""
-        kept: list[Any] = [] if self.bond is None else self.bond.let_go()
-        if self.bond is None and self.process_group is not None and dist.is_initialized():
-            dist.destroy_process_group()
+        bond = self.bond  # read once: `recover` takes it from another thread
+        kept: list[Any] = [] if bond is None else bond.let_go()
         object.__setattr__(self, "process_group", None)
         return kept
 
@@ -142,9 +143,19 @@ class EPGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, PlanMismatch):  # which the others find in the same numbers
+        if is_failure(error):
             self.abort(f"{type(error).__name__}: {error}")
         self.close()
+
+
+def is_failure(error: BaseException | None) -> bool:
+    """Whether the others are to fail with a rank that leaves its group by `error`.
+
+    Not by an exit in good order, nor by a PlanMismatch, which they find in the same numbers.
+    """
+    if isinstance(error, SystemExit):
+        return error.code not in (None, 0)
+    return error is not None and not isinstance(error, PlanMismatch)
 
 
 def init(
@@ -157,7 +168,7 @@ def init(
     a node; without it the hosts' names do. Raises ConfigError for variables that contradict one another or those of
     another rank, and for a device that is absent, and CommTimeout where ranks do not arrive within `timeout_s` seconds.
     """
-    _check_timeout(timeout_s)
+    check_timeout(timeout_s)
     for rank_name, size_name in MPIEXEC:
         if "RANK" not in os.environ and rank_name in os.environ and _integer(size_name, 1) > 1:
             rank, world_size = _integer(rank_name, 0), _integer(size_name, 1)
@@ -177,7 +188,8 @@ def init(
     return EPGroup.bound(rank, world_size, chosen, found, timeout_s, bond)
 
 
-def _check_timeout(timeout_s: float) -> None:
+def check_timeout(timeout_s: float) -> None:
+    """Raises ConfigError for a wait that would not end, or be none."""
     if not 0 < timeout_s <= LONGEST_S:  # false for NaN too
         raise ConfigError(f"timeout_s must be above 0 seconds and at most {LONGEST_S:g}, found {timeout_s}")
 
@@ -220,6 +232,4 @@ def _meeting_point(world_size: int) -> MeetingPoint:
         raise ConfigError(f"MASTER_PORT must be in 1..65535, found {port}")
     if dist.is_initialized():
         raise ConfigError("torch.distributed is initialised in this process: close that group before crossdock.init()")
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else None
-    return MeetingPoint(os.environ["MASTER_ADDR"], port, start)
+    return MeetingPoint(os.environ["MASTER_ADDR"], port, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")

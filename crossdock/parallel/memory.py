@@ -2,7 +2,8 @@
 
 glibc takes large blocks from the kernel and returns them when they are freed, so each exchange of rows on a CPU has its
 buffers zeroed page by page anew. That costs as much as the exchange's own copies: of 140 ms of a rank's time for 512
-tokens of 7168 values and 8 experts, 55 ms. What is kept is the most that the process has ever used.
+tokens of 7168 values and 8 experts, 55 ms. What is kept is the most that the process has ever used, and what lies
+between: one that goes on with other sizes calls `return_freed_memory` first.
 
 Rejected: a pool of buffers for rows. It would serve the exchange alone, and not the products between its two halves.
 """
@@ -22,3 +23,10 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+def return_freed_memory() -> None:
+    """Gives the kernel what this process has freed so far and kept; later uses take it anew, once."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)

@@ -31,11 +31,13 @@ import torch
 import torch.distributed as dist
 
 from crossdock.errors import CommTimeout, ConfigError, RankFailure
+from crossdock.parallel.bond import connect_rows
 from crossdock.parallel.bounded import bounded
-from crossdock.parallel.meeting import Arrival, disagreement, topology_of
+from crossdock.parallel.joining import adopt
+from crossdock.parallel.meeting import Arrival, Listener, disagreement, topology_of
 from crossdock.parallel.topology import Topology
 from crossdock.parallel.watch import Watch
-from crossdock.parallel.wires import Listener, Wires
+from crossdock.parallel.wires import Wires
 
 if TYPE_CHECKING:
     from crossdock.parallel.group import EPGroup
@@ -131,8 +133,8 @@ def join_mpi(rank: int, world_size: int, timeout_s: float, topology: Topology | 
     Raises CommTimeout where they do not all come, and ConfigError where mpi4py belongs to another MPI than mpiexec or
     ranks were given different topologies.
     """
-    mpi, deadline = load_mpi(), time.monotonic() + timeout_s
-    _start_mpi(mpi, rank, world_size, timeout_s)
+    mpi, limit = load_mpi(), Limit(rank, timeout_s, time.monotonic() + timeout_s)
+    _start_mpi(mpi, world_size, limit)
     if mpi.Is_finalized():
         raise ConfigError(f"rank {rank}: MPI was finalised in this process and cannot start again")
     if mpi.COMM_WORLD.Get_size() != world_size:
@@ -142,45 +144,58 @@ def join_mpi(rank: int, world_size: int, timeout_s: float, topology: Topology | 
         raise ConfigError(f"rank {rank}: MPI was initialised below MPI_THREAD_SERIALIZED, which backward passes need")
     _met.append(None)
     missing = "the ranks did not all join"
-    comm, processes = _in_time(lambda: _meet(mpi), rank, timeout_s, missing)
+    comm, processes = limit.of(lambda: _meet(mpi), missing)
     toward = _toward(processes)
     listener = Listener(rank, toward)
-    mine = Arrival(listener.card, world_size, topology.node_of_rank if topology else ())
-    met: list[Arrival] = _in_time(lambda: comm.allgather(mine), rank, timeout_s, missing)
-    problem = next(filter(None, (disagreement(mine, other) for other in met)), "")
-    if problem:
+    try:
+        mine = Arrival(listener.card, world_size, topology.node_of_rank if topology else ())
+        met: list[Arrival] = limit.of(lambda: comm.allgather(mine), missing)
+        problem = next(filter(None, (disagreement(mine, other) for other in met)), "")
+        if problem:
+            raise ConfigError(f"rank {rank}: {problem}")
+        wires = Wires(listener, [arrival.card for arrival in met], toward, time.monotonic() + limit.left())
+    except BaseException:
         listener.socket.close()
-        raise ConfigError(f"rank {rank}: {problem}")
-    cards = [arrival.card for arrival in met]
-    wires = Wires(listener, cards, toward, max(deadline, time.monotonic() + LEAST_S))
+        raise
     job = _met[-1] = MpiJob(mpi, comm, Watch(wires, tuple(range(world_size))), processes, topology_of(met))
     return job
 
 
-def _start_mpi(mpi: Any, rank: int, world_size: int, timeout_s: float) -> None:
+def _start_mpi(mpi: Any, world_size: int, limit: "Limit") -> None:
     """Initialises MPI, unless it has been. Raises CommTimeout where not all ranks do so."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # hydra sends it where a rank died; it would end this process
     if start_is_pending():
-        raise CommTimeout(f"rank {rank}: init: MPI's start, which was given up before, has not ended yet")
+        raise CommTimeout(f"rank {limit.rank}: init: MPI's start, which was given up before, has not ended yet")
     if mpi.Is_initialized():
         return
     try:
-        _in_time(lambda: _initialise(mpi), rank, timeout_s, f"the {world_size} ranks did not all start MPI")
+        limit.of(lambda: _initialise(mpi), f"the {world_size} ranks did not all start MPI")
     except CommTimeout:
         atexit.register(_end_at_once)
         raise
     atexit.register(_leave_mpi, mpi)
 
 
-def _in_time(work: Callable[[], T], rank: int, timeout_s: float, missing: str) -> T:
-    """work(), which waits for all ranks. Raises CommTimeout where it takes too long, RankFailure where MPI fails."""
-    try:
-        return bounded(work, timeout_s)
-    except TimeoutError:
-        raise CommTimeout(f"rank {rank}: init: {missing} within {timeout_s:g} s") from None
-    except RuntimeError as error:
-        raise RankFailure(f"rank {rank}: init: MPI reports: {' '.join(str(error).split())}") from error
+@dataclass(frozen=True)
+class Limit:
+    """How long rank `rank` waits for the others in all: until `deadline` (monotonic), `timeout_s` after it began."""
+
+    rank: int
+    timeout_s: float
+    deadline: float
+
+    def left(self) -> float:
+        return max(LEAST_S, self.deadline - time.monotonic())
+
+    def of(self, work: Callable[[], T], missing: str) -> T:
+        """work(), which waits for all ranks. Raises CommTimeout once the time is over, RankFailure where MPI fails."""
+        try:
+            return bounded(work, self.left())
+        except TimeoutError:
+            raise CommTimeout(f"rank {self.rank}: init: {missing} within {self.timeout_s:g} s") from None
+        except RuntimeError as error:
+            raise RankFailure(f"rank {self.rank}: init: MPI reports: {' '.join(str(error).split())}") from error
 
 
 def start_is_pending() -> bool:
@@ -239,9 +254,17 @@ def start_torch(group: "EPGroup") -> None:
         port = job.comm.bcast(store.port if store is not None else None)
         store = store or dist.TCPStore(host, port, size, False, wait)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=job.rank, world_size=size, timeout=wait)
+        assert dist.group.WORLD is not None
+        connect_rows(dist.group.WORLD, group.device)
 
     job.watch.channel(job.name(), group.members, group.timeout_s).run("start of torch", meet)
-    object.__setattr__(group, "process_group", dist.group.WORLD)
+    assert dist.group.WORLD is not None
+    try:
+        bond, _ = adopt(dist.group.WORLD, group.device, group.timeout_s, group.topology, owned=True)
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    group.hold(bond)
 
 
 def _leave_mpi(mpi: Any) -> None:

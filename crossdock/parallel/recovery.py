@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from crossdock.errors import CommTimeout, ConfigError, RankFailure
-from crossdock.parallel.bond import Bond, connect
+from crossdock.parallel.bond import Bond, connect, release
 from crossdock.parallel.bounded import Background
-from crossdock.parallel.group import EPGroup
+from crossdock.parallel.group import EPGroup, check_timeout
 from crossdock.parallel.standing import name_ranks
 from crossdock.parallel.topology import Topology
 from crossdock.parallel.watch import ANSWER_S, Watch
@@ -39,22 +39,17 @@ def recover(group: EPGroup, timeout_s: float | None = None) -> EPGroup:
     Ranks are numbered anew in their old order; `members` says what they were. Survivors have `timeout_s` (the group's)
     to come; who answers but does not come by then is left out. Where a network falls apart, each side goes on. Raises
     RankFailure on a rank that the others went on without, CommTimeout where they cannot agree in that time, and
-    ConfigError for a group of one. What is left of a group that mpiexec started goes on over torch.distributed.
+    ConfigError for a group of one, and for a `timeout_s` that `init` would refuse. What is left of a group that mpiexec
+    started goes on over torch.distributed.
     """
+    wait_s = group.timeout_s if timeout_s is None else timeout_s
+    check_timeout(wait_s)
     watch = _take_watch(group)
-    if watch.failure is None:
-        watch.abort("it called recover")
-    recovery = _Recovery(watch, group.device, group.timeout_s, timeout_s or group.timeout_s)
-    members, store, process_group = recovery.run()
-    node = dict(zip(group.members, group.topology.node_of_rank, strict=True))
-    topology = Topology.from_names(tuple(node[rank] for rank in members))
-    rank = members.index(watch.rank)
-    if process_group is None or store is None:
+    try:
+        return _go_on(group, watch, wait_s)
+    except BaseException:
         watch.close()
-        return EPGroup(0, 1, group.device, None, topology, group.timeout_s, None, members)
-    survivors = Watch(watch.wires, members, watch.epoch + 1)
-    bond = Bond(survivors, store, process_group, group.device, is_default=False)
-    return EPGroup.bound(rank, len(members), group.device, topology, group.timeout_s, bond, members)
+        raise
 
 
 def lost_ranks(before: EPGroup, after: EPGroup) -> tuple[int, ...]:
@@ -62,12 +57,31 @@ def lost_ranks(before: EPGroup, after: EPGroup) -> tuple[int, ...]:
     return tuple(rank for rank, member in enumerate(before.members) if member not in after.members)
 
 
+def _go_on(group: EPGroup, watch: Watch, timeout_s: float) -> EPGroup:
+    members, store, process_group = _Recovery(watch, group.device, group.timeout_s, timeout_s).run()
+    node = dict(zip(group.members, group.topology.node_of_rank, strict=True))
+    topology = Topology.from_names(tuple(node[rank] for rank in members))
+    rank = members.index(watch.rank)
+    if process_group is None or store is None:
+        watch.close()
+        return EPGroup(0, 1, group.device, None, topology, group.timeout_s, None, members)
+    survivors = Watch(watch.wires, members, watch.epoch + 1)
+    bond = Bond(survivors, store, process_group, group.device)
+    return EPGroup.bound(rank, len(members), group.device, topology, group.timeout_s, bond, members)
+
+
 def _take_watch(group: EPGroup) -> Watch:
-    """The watch of `group`, which has none afterwards: what closes it must not close the wires that survivors keep."""
+    """The watch of `group`, which has none afterwards: what closes it must not close the wires that survivors keep.
+
+    It has failed by then, on all ranks, and the process group has been let go of.
+    """
     kept = [bond.watch for bond in (group.communicator, group.bond) if bond is not None]
     if not kept:
         raise ConfigError(f"rank {group.rank}: a group of one rank, or one that is closed, has nothing to go on with")
     watch: Watch = next((one for one in kept if one.failure is not None), kept[0])
+    if watch.failure is None:
+        watch.abort("it called recover")
+    release(group.let_go())
     for other in kept:
         if other is not watch:
             other.close()
@@ -118,8 +132,7 @@ class _Recovery:
     def _shrink(self) -> None:
         """Takes out who is lost, whom others have taken out and, when time is up, who has not come."""
         self.view -= self.watch.wires.lost.keys()
-        if any(self.watch.rank not in note["ranks"] for note in self.watch.notes.get("view", {}).values()):
-            raise RankFailure(f"rank {self.watch.rank}: {PHASE}: the others went on without this rank")
+        self._weigh_views_without_me()
         late = time.monotonic() - self.deadline
         for rank in sorted(self.view - {self.watch.rank}):
             theirs = self._told("view", rank)
@@ -130,6 +143,24 @@ class _Recovery:
         if late > 2 * ANSWER_S:
             raise CommTimeout(f"rank {self.watch.rank}: {PHASE}: no agreement with {name_ranks(self.view)} on who is "
                               f"left within {self.timeout_s:g} s")  # fmt: skip
+
+    def _weigh_views_without_me(self) -> None:
+        """Takes out who has taken this rank out, unless that side is the one to go on. Who is out already is not heard.
+
+        What this rank has on its side are those who have not said otherwise. It may itself be what was lost, say as it
+        was stopped; and a rank that saw nobody for a while must not end the recovery of all the others.
+        """
+        views = {rank: theirs for rank in self.view if (theirs := self._told("view", rank)) is not None}
+        without_me = {rank: theirs for rank, theirs in views.items() if self.watch.rank not in theirs}
+        mine = self.view - without_me.keys()
+        if any(self._weight(theirs) > self._weight(mine) for theirs in without_me.values()):
+            raise RankFailure(f"rank {self.watch.rank}: {PHASE}: the others went on without this rank")
+        self.view = mine
+
+    def _weight(self, side: set[int]) -> tuple[int, int, int]:
+        """The heavier side goes on: the larger one, that with fewer of those to blame, that with the lowest rank."""
+        blamed = self.watch.failure.ranks if self.watch.failure is not None else ()
+        return len(side), -len(side.intersection(blamed)), -min(side)
 
     def _drop_silent(self) -> None:
         standings = self.watch.ask()

@@ -12,12 +12,12 @@ Rejected: naming whoever did not answer a roll call. It cannot tell a slow rank 
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from crossdock.errors import CommTimeout, CrossdockError, PlanMismatch, RankFailure
+from crossdock.errors import CapacityOverflow, CommTimeout, CrossdockError, PlanMismatch, RankFailure
 
 REMEMBERED = 16  # phases kept of each channel
 AS_LATE = 0.5  # share of the timeout by which the last to come must trail this rank to be called late
@@ -113,25 +113,30 @@ ERRORS: dict[str, type[CrossdockError]] = {
     "late": CommTimeout,
     "stuck": CommTimeout,
     "mismatch": PlanMismatch,
+    "overflow": CapacityOverflow,
 }
 
 
 @dataclass(frozen=True)
 class Wait:
-    """A wait of rank `rank` that has failed after `waited` seconds: on which channel, for which collective."""
+    """A wait of rank `rank` that has failed after `waited` seconds: on which channel, for which collective.
+
+    `broke`: what a library said of an exchange that broke well before its time was over; empty where the time passed.
+    """
 
     rank: int
     channel: str
     turn: Turn
     waited: float
     timeout_s: float
+    broke: str = ""
 
 
 def blame(wait: Wait, standings: Mapping[int, Standing | None], lost: Mapping[int, Lost]) -> Failure:
     """The cause of a failed wait, from where every rank stands; a rank with None gave no answer.
 
     `standings` holds this rank's own. Ranks lost come before ranks that are silent, and those before ranks that are
-    late: a rank may be late because another is lost.
+    late: a rank may be late because another is lost. Nobody is late for an exchange that broke before its time.
     """
     search = _Search(standings, lost)
     search.follow(wait.channel, wait.turn.number)
@@ -140,10 +145,13 @@ def blame(wait: Wait, standings: Mapping[int, Standing | None], lost: Mapping[in
     if search.silent:
         text = f"no sign of {name_ranks(search.silent)}: gone or stuck"
         return Failure("silent", tuple(sorted(search.silent)), text, wait.rank)
+    if wait.broke:
+        odd = _other_phase(wait, standings) or (None if search.late else _crossed(wait, standings, search))
+        return odd or Failure("broken", (), f"the exchange broke: {wait.broke}", wait.rank)
     if search.late:
         text = f"{name_ranks(search.late)} did not arrive within {wait.timeout_s:g} s{_last(search.late, standings)}"
         return Failure("late", tuple(sorted(search.late)), text, wait.rank)
-    return _disagreement(wait, standings, search) or _last_to_come(wait, standings)
+    return _other_phase(wait, standings) or _crossed(wait, standings, search) or _last_to_come(wait, standings)
 
 
 class _Search:
@@ -186,11 +194,22 @@ class _Search:
         return waits
 
 
-def _disagreement(wait: Wait, standings: Mapping[int, Standing | None], search: _Search) -> Failure | None:
-    """Ranks in another collective than this one: of another phase in the same turn, or waiting for one another."""
-    for rank, theirs in _entered(wait, standings).items():
-        if theirs.phase != wait.turn.phase:
-            return Failure("mismatch", (rank,), f"rank {rank} is elsewhere: {theirs.phase}", wait.rank)
+def _other_phase(wait: Wait, standings: Mapping[int, Standing | None]) -> Failure | None:
+    """Who entered the same turn in another phase than most; where no phase has most ranks, another than this rank."""
+    phases = {rank: turn.phase for rank, turn in _entered(wait, standings).items()} | {wait.rank: wait.turn.phase}
+    (common, most), *others = Counter(phases.values()).most_common()
+    if not others:
+        return None
+    if others[0][1] == most:
+        rank = min(rank for rank, phase in phases.items() if phase != wait.turn.phase)
+        return Failure("mismatch", (rank,), f"rank {rank} is elsewhere: {phases[rank]}", wait.rank)
+    odd = tuple(sorted(rank for rank, phase in phases.items() if phase != common))
+    where = ", ".join(f"rank {rank} is elsewhere: {phases[rank]}" for rank in odd)
+    return Failure("mismatch", odd, f"{where} (most are in {common})", wait.rank)
+
+
+def _crossed(wait: Wait, standings: Mapping[int, Standing | None], search: _Search) -> Failure | None:
+    """Ranks that wait for one another in different collectives."""
     if not search.elsewhere:
         return None
     where = [f"rank {rank} in {_waits_in(standings[rank])}" for rank in sorted(search.elsewhere)]

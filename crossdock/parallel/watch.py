@@ -7,8 +7,8 @@ are gone, every SLICE_S: an abort or a death ends them then, and not at the time
     turn = channel.enter("dispatch of exchange 3")      # raises the group's first failure, if there was one
     channel.wait(turn, poll)                            # poll(seconds) waits that long and says whether it is done
 
-A rank that is stopped or whose machine vanished closes nothing. Only the timeout finds it: nothing is sent while all is
-well, and a rank that is merely slow is left alone until then.
+A rank that is stopped or whose machine vanished closes nothing. Only the timeout finds it: no rank asks another while
+all is well, and a rank that is merely slow is left alone until then.
 """
 
 import threading
@@ -25,6 +25,7 @@ T = TypeVar("T")
 LONGEST_WHY = 500  # characters of a reason that travel
 SLICE_S = 0.05  # how often a wait looks whether there is still something to wait for
 SETTLE_S = 0.3  # what a lost rank sent before its end may still be arriving, and so may the news of a second one
+EARLY = 0.9  # share of the timeout before which an exchange that breaks did so for another reason
 ANSWER_S = 2.0  # how long a rank may take to say where it stands before it counts as silent
 
 
@@ -36,7 +37,7 @@ class Watch:
         self.rank = wires.rank
         self.standing: Standing = {}
         self.failure: Failure | None = None
-        self.on_failure: list[Callable[[], None]] = []  # called once, in a thread of their own
+        self._hooks: list[Callable[[], None]] = []
         self.notes: dict[str, dict[int, Message]] = {}  # of each kind the last one, by sender
         self._asked = 0
         self._answers: dict[int, Standing] = {}
@@ -56,6 +57,13 @@ class Watch:
         """Ends all waits of every rank: each raises RankFailure naming this rank and `why`. Waits for nobody."""
         text = " ".join(why.split())[:LONGEST_WHY]
         self.fail(Failure("abort", (self.rank,), f"rank {self.rank} gave up: {text}", self.rank))
+
+    def when_failed(self, hook: Callable[[], None]) -> None:
+        """Calls `hook`, in another thread, once the group has failed: now, where it has."""
+        with self.wires.changed:
+            self._hooks.append(hook)
+            if self.failure is not None:
+                self._run_hooks()
 
     def channel(self, name: str, members: tuple[int, ...], timeout_s: float) -> "Channel":
         """`name` is the same on all its members, and no other channel's."""
@@ -89,13 +97,14 @@ class Watch:
             return False
         self.failure = failure
         self.wires.changed.notify_all()
-        if self.on_failure:
-            threading.Thread(target=self._run_hooks, name="crossdock failure").start()
+        self._run_hooks()
         return True
 
     def _run_hooks(self) -> None:
-        for hook in self.on_failure:
-            hook()
+        """Each once, in a thread that this rank's does not wait for: a hook may wait for those that now end."""
+        for hook in self._hooks:
+            threading.Thread(target=hook, name="crossdock failure").start()
+        self._hooks.clear()
 
     def _handle(self, sender: int, message: Message) -> None:
         """In the reading thread, with `changed` held."""
@@ -183,12 +192,13 @@ class Channel:
             if self._missed(turn):  # two may have died together
                 changed.wait_for(lambda: watch.failure is not None, SETTLE_S)
         if watch.failure is None:
-            found = blame(Wait(watch.rank, self.name, turn, waited, self.timeout_s), watch.ask(), watch.wires.lost)
-            if found.kind == "stuck" and broke is not None and waited < 0.9 * self.timeout_s:
+            early = broke is not None and waited < EARLY * self.timeout_s
+            said = next(iter(str(broke).splitlines()), type(broke).__name__) if early else ""
+            wait = Wait(watch.rank, self.name, turn, waited, self.timeout_s, said)
+            found = blame(wait, watch.ask(), watch.wires.lost)
+            if found.kind == "broken":
                 with changed:  # nobody is to blame as far as can be seen; whoever is may still tell
                     changed.wait_for(lambda: watch.failure is not None, ANSWER_S)
-                text = f"the exchange broke: {str(broke).splitlines()[0]}"
-                found = Failure("broken", (), text, watch.rank)
             watch.fail(found)
         assert watch.failure is not None
         return watch.failure.error(watch.rank, turn.phase)

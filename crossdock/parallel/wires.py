@@ -2,7 +2,8 @@
 
 They carry no data. They are there so that a rank learns at once that another's process ended (the system closes its
 connections), can tell the others why it gives up, and can be asked where it stands while it computes or sleeps. Lines
-of JSON travel on them; the thread sleeps in `select` until one comes.
+of JSON travel on them; the thread sleeps in `select` until one comes. What a router or firewall forgets for its silence
+the system keeps known.
 
     card of rank r: host name, address and port it listens at, a secret      every rank knows every card
     rank r connects to the ranks below it, and accepts those above, who show its secret
@@ -12,6 +13,7 @@ for its answer without a timeout when that process is stopped, and it can only b
 """
 
 import contextlib
+import ipaddress
 import json
 import os
 import secrets
@@ -21,49 +23,31 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from crossdock.parallel.meeting import Card, Listener
 from crossdock.parallel.standing import Failure, Lost, Place, Standing, name_ranks
 
 LONGEST_GREETING = 256  # bytes of the first line, from whoever connects
 CHUNK = 65536
-LONGEST_DIAL_S = 600.0
+LONGEST_DIAL_S = 10.0  # the handshake's third repetition comes after 7 s
+IDLE_S = 60  # of silence before the system asks whether a connection still stands; routers forget one after minutes
 ENDED = "the process ended"
 Message = dict[str, Any]
 Handler = Callable[[int, Message], None]
 
 
-@dataclass(frozen=True)
-class Card:
-    """How rank `rank` is reached by the others. `host` is the name of its machine."""
-
-    rank: int
-    host: str
-    address: str
-    port: int
-    secret: str
+def _is_loopback(address: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address).is_loopback
+    return False
 
 
-class Listener:
-    """A port of this rank's, open before the others know of it."""
-
-    def __init__(self, rank: int, toward: str) -> None:
-        """`toward` is a host that every rank reaches: the address this machine has on the way there is the one told."""
-        address, family = _own_address(toward)
-        self.socket = socket.create_server(("", 0), family=family, backlog=1024)
-        self.card = Card(rank, socket.gethostname(), address, self.socket.getsockname()[1], secrets.token_hex(8))
-
-
-def _own_address(toward: str) -> tuple[str, socket.AddressFamily]:
-    """The address this machine is seen with from `toward`; no packet is sent to find it."""
-    try:
-        family, _, _, _, target = socket.getaddrinfo(toward, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)
-            return str(probe.getsockname()[0]), socket.AddressFamily(family)
-    except OSError:
-        return "127.0.0.1", socket.AF_INET
+def _keep_alive(link: socket.socket) -> None:
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    option = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))  # Linux, macOS
+    if option is not None:
+        link.setsockopt(socket.IPPROTO_TCP, option, IDLE_S)
 
 
 class _Peer:
@@ -91,6 +75,7 @@ class Wires:
         self._early: dict[int, list[tuple[int, Message]]] = {}  # messages of an epoch this rank has not come to
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
+        self._wake.setblocking(False)
         for one in (self.listener.socket, self._woken):
             one.setblocking(False)
             self._selector.register(one, selectors.EVENT_READ)
@@ -105,12 +90,9 @@ class Wires:
             raise
 
     def _connect(self, deadline: float) -> None:
-        below = {card.rank: self._dial(card, deadline) for card in self.cards if card.rank < self.rank}
-        for rank in [rank for rank, peer in below.items() if peer is not None]:
-            self._admit(below[rank], rank)  # type: ignore[arg-type]
+        refused = self._dial_all([card for card in self.cards if card.rank < self.rank], deadline)
         everyone = {card.rank for card in self.cards} - {self.rank}
         with self.changed:
-            refused = {rank for rank, peer in below.items() if peer is None}
             left = max(0.0, deadline - time.monotonic())
             self.changed.wait_for(lambda: everyone <= self.peers.keys() | refused, left)
             missing = everyone - self.peers.keys()
@@ -120,32 +102,59 @@ class Wires:
             for rank in list(self.peers):
                 self.send(rank, 0, {"kind": "fail", "failure": failure.told()})
             raise failure.error(self.rank, "init")
+        with contextlib.suppress(KeyError, ValueError):  # nobody else is to come
+            self._selector.unregister(self.listener.socket)
+        self.listener.socket.close()
 
     def address(self, rank: int) -> str:
         """Where `rank` is reached from here."""
         card = next(card for card in self.cards if card.rank == rank)
         # some machines know themselves by a loopback address, which is another machine here
-        astray = card.address.startswith("127.") and card.host != self.listener.card.host
+        astray = _is_loopback(card.address) and card.host != self.listener.card.host
         return self._toward if astray else card.address
 
-    def _dial(self, card: Card, deadline: float) -> _Peer | None:
+    def _dial_all(self, cards: list[Card], deadline: float) -> set[int]:
+        """Connects to these ranks; returns who could not be reached.
+
+        One that does not answer takes its share of the time left and is dialled again after the others: they would
+        take this rank for lost if it never came to dial them.
+        """
+        refused: set[int] = set()
+        while cards:
+            again = []
+            for number, card in enumerate(cards):
+                share = (deadline - time.monotonic()) / (len(cards) - number + 1)
+                try:
+                    self._admit(self._dial(card, min(max(0.1, share), LONGEST_DIAL_S)), card.rank)
+                except TimeoutError:
+                    again.append(card)
+                except OSError:
+                    refused.add(card.rank)
+            if time.monotonic() + 0.1 >= deadline:
+                return refused | {card.rank for card in again}
+            cards = again
+        return refused
+
+    def _dial(self, card: Card, wait_s: float) -> _Peer:
+        link = socket.create_connection((self.address(card.rank), card.port), timeout=wait_s)
         try:
-            left = min(max(0.1, deadline - time.monotonic()), LONGEST_DIAL_S)
-            link = socket.create_connection((self.address(card.rank), card.port), timeout=left)
             link.sendall(json.dumps({"rank": self.rank, "secret": card.secret}).encode() + b"\n")
         except OSError:
-            return None
+            link.close()
+            raise
         return _Peer(link)
 
     def _admit(self, peer: _Peer, rank: int) -> None:
         peer.rank = rank
         peer.link.setblocking(False)
         peer.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with self.changed:
-            self.peers[rank] = peer
-            self.changed.notify_all()
+        _keep_alive(peer.link)
         self._selector.register(peer.link, selectors.EVENT_READ, peer)
-        self._wake.send(b".")  # the thread may be in a select that does not know of it
+        with self.changed:  # who waits for the last to come may close at once
+            self.peers[rank] = peer
+            with contextlib.suppress(OSError):  # full: it is about to wake
+                self._wake.send(b".")  # the thread may be in a select that does not know of it
+            self.changed.notify_all()
 
     def on_messages(self, epoch: int, handler: Handler) -> None:
         """From now on messages of `epoch` go to `handler`, in this rank's reading thread; earlier ones at once."""
@@ -175,6 +184,8 @@ class Wires:
         told = {name: place.told() for name, place in (standing or {}).items()}
         for rank in list(self.peers):
             self.send(rank, -1, {"kind": "bye", "standing": told})
+        with contextlib.suppress(OSError):  # closed before
+            self._wake.shutdown(socket.SHUT_RDWR)  # which a forked child's copy does not hold up
         self._wake.close()
         if threading.current_thread() is not self._thread:
             self._thread.join(5.0)

@@ -18,9 +18,8 @@ from crossdock.simulate.shape import LayerShape
 from crossdock.simulate.slots import Slots
 from crossdock.simulate.traffic import Traffic, count_chunks
 
-NUM_EXPERTS, TOP_K = 64, 8  # of a benchmark that does not say
-CHUNKS = (1, 2, 4, 6, 8)  # what a layer may choose where the benchmark does not say how many it took
 HIDDEN = {"bf16": "hidden_fraction", "fp8": "hidden_fraction_fp8"}
+LAYER = " layer"  # of a time's name: with the experts, not the exchange alone
 FORMS = {"plain": ("plain", "bf16"), "bf16": ("", "bf16"), "fp8": ("", "fp8")}  # a time's name: hierarchy, wire
 
 
@@ -73,36 +72,41 @@ def _check_case(
     case: Mapping[str, Any], result: Mapping[str, Any], nodes: int, per_node: int, cluster: Cluster
 ) -> Iterator[Checked]:
     hidden, tokens = _integer(case, "hidden"), _integer(case, "tokens_per_rank")
-    experts, top_k = int(result.get("num_experts", NUM_EXPERTS)), int(result.get("top_k", TOP_K))
+    experts, top_k = _integer(result, "num_experts"), _integer(result, "top_k")
     shape = LayerShape(hidden, _integer(result, "expert_size"), experts, top_k)
     routing, times = str(case.get("routing")), case.get("times_us")
     if not isinstance(times, dict):
         raise ConfigError(f"case {case.get('case')!r} has no times_us")
     ranks = nodes * per_node
     blocks = [rank_choices(routing, rank, tokens, experts, top_k)[None].astype("int32") for rank in range(ranks)]
-    counted = count_chunks(blocks, Slots.contiguous(experts, ranks), per_node, tokens, CHUNKS)
+    taken = {name: _chunks(case, name) for name in times if _form(name) is not None}
+    counted = count_chunks(blocks, Slots.contiguous(experts, ranks), per_node, tokens, {1, *taken.values()})
     same_rows = _same_rows(case, shape, counted[1][0])
     hierarchy = "node" if nodes > 1 else "flat"
-    for name, measured_us in times.items():
-        form, _, whole = name.partition(" ")
-        if form not in FORMS or whole not in ("", "layer"):
-            continue
+    for name, chunks in taken.items():
+        form, whole = name.split()[0], name.endswith(LAYER)
         own, wire = FORMS[form]
-        tried = _tried(case, name) if whole and not own else (1,)
-        predictions = [
-            predict(counted[chunks], shape, cluster, Schedule(own or hierarchy, wire, chunks, not own), bool(whole))
-            for chunks in tried
-        ]
-        best = min(predictions, key=lambda prediction: prediction.total_s)
+        schedule = Schedule(own or hierarchy, wire, chunks, not own)
+        predicted = predict(counted[chunks], shape, cluster, schedule, whole)
         was_hidden = case.get(HIDDEN[form]) if whole and form in HIDDEN else None
-        yield Checked(str(case.get("case")), name, float(measured_us) * 1e-6, best, same_rows, was_hidden)
+        yield Checked(str(case.get("case")), name, float(times[name]) * 1e-6, predicted, same_rows, was_hidden)
 
 
-def _tried(case: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """How many chunks a layer of ours may have taken: what the benchmark says, else what is best."""
+def _form(name: str) -> str | None:
+    """Of a time that can be predicted, the key in FORMS."""
+    form = name.removesuffix(LAYER)
+    return form if form in FORMS else None
+
+
+def _chunks(case: Mapping[str, Any], name: str) -> int:
+    """How many chunks it took: a layer of ours as many as the benchmark says, all else one."""
+    form = _form(name)
+    if form == name or form == "plain":
+        return 1
     told = case.get("chunks")
-    told = told.get(name) if isinstance(told, dict) else told
-    return (told,) if isinstance(told, int) and told in CHUNKS else CHUNKS
+    if not isinstance(told, dict):
+        raise ConfigError(f"case {case.get('case')!r} does not say how many chunks its layers took: {told!r}")
+    return _integer(told, name)
 
 
 def _same_rows(case: Mapping[str, Any], shape: LayerShape, traffic: Traffic) -> bool | None:
@@ -115,5 +119,5 @@ def _same_rows(case: Mapping[str, Any], shape: LayerShape, traffic: Traffic) -> 
 def _integer(data: Mapping[str, Any], name: str) -> int:
     value = data.get(name)
     if type(value) is not int or value < 1:
-        raise ConfigError(f"the measurement lacks {name}, or it is no positive integer: {value!r}")
+        raise ConfigError(f"the measurement lacks {name!r}, or it is no positive integer: {value!r}")
     return value

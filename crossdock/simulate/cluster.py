@@ -11,6 +11,7 @@ CPUs, and `Cluster.from_json` reads such a file, or one written by hand.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from math import isfinite
 from typing import Any
 
 from crossdock.errors import ConfigError
@@ -77,8 +78,9 @@ class Cluster:
         for part in (self.intra, self.inter, self.processor):
             for name, value in asdict(part).items():
                 least_is_zero = name in ("latency_s", "call_s", *FLAGS)
-                if not (value >= 0 if least_is_zero else value > 0):  # false for NaN too
-                    raise ConfigError(f"cluster {self.name!r}: {name} must be above 0, found {value}")
+                if not (value >= 0 if least_is_zero else value > 0) or not isfinite(value):
+                    least = "at least 0" if least_is_zero else "above 0"
+                    raise ConfigError(f"cluster {self.name!r}: {name} must be {least} and finite, found {value}")
         if self.ranks_per_node < 1:
             raise ConfigError(f"cluster {self.name!r}: ranks_per_node must be at least 1, found {self.ranks_per_node}")
 
@@ -97,7 +99,8 @@ class Cluster:
             part = data if not path else data.get(path[0])
             if len(path) > 1 or not isinstance(part, dict) or name not in part or isinstance(part[name], dict | str):
                 raise ConfigError(f"a cluster has no number {key!r}")
-            part[name] = int(value) if type(part[name]) is int and value == int(value) else value
+            whole = type(part[name]) is int and float(value).is_integer()  # infinity and NaN are no integers
+            part[name] = int(value) if whole else value
         return Cluster.from_json(data)
 
     def to_json(self) -> dict[str, Any]:
@@ -112,8 +115,10 @@ class Cluster:
         found = {key: _read(kind, data.get(key), f"cluster.{key}") for key, kind in parts.items()}
         name, per_node = data.get("name"), data.get("ranks_per_node")
         unknown = set(data) - set(found) - {"name", "ranks_per_node", "sources"}
-        if unknown or not isinstance(name, str) or type(per_node) is not int:
+        if unknown or not isinstance(name, str) or per_node is None:
             raise ConfigError(f"a cluster needs a name, ranks_per_node, {', '.join(parts)}; found {sorted(data)}")
+        if type(per_node) is not int:
+            raise ConfigError(f"cluster {name!r}: ranks_per_node must be an integer, found {per_node!r}")
         return cls(name, per_node, **found, sources=tuple(map(str, data.get("sources", ()))))
 
 

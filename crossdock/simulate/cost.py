@@ -106,12 +106,17 @@ class Costs:
         }
         return Stage(name, lane, phase, needs, latency_s + processor.call_s, until, load)
 
-    def planning(self, choices_W: Counts) -> Stage:
-        """(token, k) choices put in order, and counts gathered from all ranks."""
+    def planning(self, name: str, choices_W: Counts) -> Stage:
+        """(token, k) choices put in order."""
+        processor = self.cluster.processor
+        stage = self.work(name, "plan", choices_W / processor.plan)
+        return replace(stage, needs={"host": stage.needs["processor"]}) if processor.host else stage
+
+    def gathering(self, nodes: int) -> Stage:
+        """Counts gathered from all ranks: a few integers, for which the host waits."""
         cluster = self.cluster
-        latency = max(cluster.inter.latency_s, cluster.intra.latency_s)
-        stage = self.work("plan", "plan", choices_W / cluster.processor.plan, latency + cluster.processor.call_s)
-        return replace(stage, needs={"host": stage.needs["processor"]}) if cluster.processor.host else stage
+        latency = max(cluster.inter.latency_s, cluster.intra.latency_s) if nodes > 1 else cluster.intra.latency_s
+        return Stage("counts", COMPUTE, "plan", {}, latency + cluster.processor.call_s)
 
     def gather(self, rows_W: Counts, row_bytes: int) -> Seconds:
         """Seconds for rows written by an index."""

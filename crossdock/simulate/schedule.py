@@ -84,10 +84,7 @@ def _write(writer: "_Writer", forms: Sequence[FlatStages | NodeStages], shared: 
     """The order of `moe.pipeline.Flow`."""
     last = len(forms) - 1
     in_legs = isinstance(forms[0], NodeStages)
-    for chunk, form in enumerate(forms):
-        for stage in form.plan():
-            writer.work(chunk, [stage])
-            writer.wait(chunk, "plan")
+    _write_plans(writer, forms)
     for chunk, form in enumerate(forms[: None if in_legs else 2]):
         writer.work(chunk, form.send())
     if shared:
@@ -113,6 +110,19 @@ def _write(writer: "_Writer", forms: Sequence[FlatStages | NodeStages], shared: 
     writer.go_on(last, "pass_back", forms[last].pass_back())
     for chunk, form in enumerate(forms):
         writer.go_on(chunk, "finish", form.finish())
+
+
+def _write_plans(writer: "_Writer", forms: Sequence[FlatStages | NodeStages]) -> None:
+    """The order of `plans` of comm's dispatchers: one gather for all chunks, and each step's exchanges together."""
+    for chunk, form in enumerate(forms):
+        writer.work(chunk, form.choose())
+    writer.work(0, [forms[0].costs.gathering(forms[0].traffic.nodes)])
+    for chunk, form in enumerate(forms):
+        writer.work(chunk, form.plan())
+    for chunk, form in enumerate(forms):
+        writer.go_on(chunk, "plan_far", form.plan_far())
+    for chunk in range(len(forms)):
+        writer.wait(chunk, "send")
 
 
 def _write_portions(writer: "_Writer", form: NodeStages) -> None:

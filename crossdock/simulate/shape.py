@@ -64,9 +64,12 @@ class LayerShape:
     def from_config(cls, config: dict[str, Any]) -> "LayerShape":
         """Reads a Hugging Face `config.json` with DeepSeek's or Qwen's field names.
 
-        Raises ConfigError naming a field that is missing or wrong.
+        Raises ConfigError naming a field that is missing or wrong, and for experts quantised otherwise than to FP8.
         """
         fields = Fields(config)
+        fp8 = fields.has("quantization_config")
+        if fp8:
+            fields.section("quantization_config").choice("quant_method", among=("fp8",))
         expert = fields.integer("moe_intermediate_size")
         shared = expert * fields.integer("n_shared_experts", minimum=0, default=0)
         return cls(
@@ -77,7 +80,7 @@ class LayerShape:
             num_groups=fields.integer("n_group", default=1),
             top_groups=fields.integer("topk_group", default=1),
             shared=shared or fields.integer("shared_expert_intermediate_size", minimum=0, default=0),
-            fp8_experts=fields.has("quantization_config"),
+            fp8_experts=fp8,
         )
 
 

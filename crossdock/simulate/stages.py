@@ -3,7 +3,9 @@
 A form gives the stages between which other chunks' work can run, so that schedule.py can put several chunks in the
 order of `crossdock.moe.pipeline`:
 
-    plan        counts gathered, integers that say which row is whose
+    choose      choices are put in order; then the counts of all chunks are gathered at once
+    plan        integers that say which row is whose leave
+    plan_far    those that came over a rail are read, and what they ask for inside the node leaves
     send        rows leave; those that go over rails leave first
     place       rows of a node's own tokens are put in order by slot (and decoded)
     pass_on     rows that came over a rail go on inside the node
@@ -49,12 +51,15 @@ class FlatStages:
         traffic = self.traffic
         return not self.is_plain and worth_once(traffic.flat_WW, traffic.once_WW, self._row)
 
+    def choose(self) -> Stages:
+        return [self.costs.planning("plan", self.traffic.tokens_W * self.traffic.top_k)]
+
     def plan(self) -> Stages:
-        costs, flat_WW = self.costs, self.traffic.flat_WW
-        stages = [costs.planning(self.traffic.tokens_W * self.traffic.top_k)]
-        if self._is_once:
-            stages.append(costs.exchange("index", OUTER, "plan", "plan", flat_WW * INDEX_BYTES))
-        return stages
+        bytes_WW = self.traffic.flat_WW * INDEX_BYTES
+        return [self.costs.exchange("index", OUTER, "plan", "send", bytes_WW)] if self._is_once else []
+
+    def plan_far(self) -> Stages:
+        return []
 
     def send(self) -> Stages:
         costs, traffic = self.costs, self.traffic
@@ -138,17 +143,29 @@ class NodeStages:
     def _far(self) -> "Inside":
         return self._inside(True)
 
+    def choose(self) -> Stages:
+        return [self.costs.planning("plan", self.traffic.tokens_W * self.traffic.top_k)]
+
     def plan(self) -> Stages:
         costs, traffic = self.costs, self.traffic
-        tokens_W, arriving_W = traffic.tokens_W, traffic.rail_WW.sum(0)
-        stages = [
-            costs.planning((2 * tokens_W + arriving_W) * traffic.top_k + tokens_W * traffic.nodes),
-            costs.exchange("slots", OUTER, "plan", "plan", traffic.rail_WW * (traffic.top_k * INDEX_BYTES)),
+        return [
+            costs.planning("plan over nodes", traffic.tokens_W * traffic.nodes),
+            costs.exchange("slots", OUTER, "plan", "plan_far", traffic.rail_WW * (traffic.top_k * INDEX_BYTES)),
+            costs.planning("plan of the node's own", traffic.tokens_W * traffic.top_k),
+            *self._index("index", self._near),
         ]
-        for inside in (self._near, self._far):
-            if inside.index_WW.any():
-                stages.append(costs.exchange("index", INNER, "plan", "plan", inside.index_WW * INDEX_BYTES))
-        return stages
+
+    def plan_far(self) -> Stages:
+        arriving_W = self.traffic.rail_WW.sum(0)
+        return [
+            self.costs.planning("plan of what comes over", arriving_W * self.traffic.top_k),
+            *self._index("index of what comes over", self._far),
+        ]
+
+    def _index(self, name: str, inside: "Inside") -> Stages:
+        if not inside.index_WW.any():
+            return []
+        return [self.costs.exchange(name, INNER, "plan", "send", inside.index_WW * INDEX_BYTES)]
 
     def send(self) -> Stages:
         costs, traffic = self.costs, self.traffic

@@ -2,20 +2,27 @@
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from crossdock.cli.bench.cluster import Link, Shape, emulated_cluster, run_on_cluster
 from crossdock.cli.bench.counted import Counted, crossings
 from crossdock.cli.bench.exchange import ROUTINGS, _fitting, _row
-from crossdock.cli.bench.exchange_case import Case, Contenders, choose
+from crossdock.cli.bench.exchange_case import Case, Contenders, Ours, choose
 from crossdock.cli.bench.plain_exchange import plain_combine, plain_dispatch
 from crossdock.cli.runtime import Runtime
 from crossdock.comm import LocalWorld, Transport, make_transport
 from crossdock.errors import ConfigError
+from crossdock.moe.pace import CANDIDATES
 from crossdock.parallel import EPGroup, Topology
+from crossdock.routing import Routing
+from crossdock.simulate import Cluster, Processor
+from crossdock.simulate import Link as Wire
+from crossdock.simulate.check import check
 from tests.launch import RankError, Ranks
 
 CPU = torch.device("cpu")
@@ -74,18 +81,36 @@ def test_the_plain_form_is_right(ranks_of_two: Ranks) -> None:
     assert max(error, other_error) < 1e-5 and ends[-1] + other_ends[-1] == 2 * (5 + 6)
 
 
-def measured(group: EPGroup, spoil: bool) -> dict[str, Any]:
+def spoil_exchange(ours: Ours) -> None:
+    ours.exchange = lambda x_TD, routing: x_TD * 1.2  # type: ignore[method-assign]
+
+
+def spoil_layer(ours: Ours) -> None:
+    """Token 2 gets one expert that it has not chosen."""
+    whole = ours.whole
+
+    def spoiled(x_TD: Tensor, routing: Routing) -> Tensor:
+        ids_TK = routing.expert_ids_TK.clone()
+        ids_TK[2, 0] = next(expert for expert in range(64) if expert not in ids_TK[2])
+        return whole(x_TD, Routing(ids_TK, routing.weights_TK, ids_TK))
+
+    ours.whole = spoiled  # type: ignore[method-assign]
+
+
+def measured(group: EPGroup, wire: str = "", spoil: Callable[[Ours], None] | None = None) -> dict[str, Any]:
     with torch.inference_mode():
         contenders = Contenders(group, make_transport(group), 128, 32)
-        if spoil:
-            contenders.ours["fp8"].exchange = lambda x_TD, routing: x_TD * 1.2  # type: ignore[method-assign]
+        if spoil is not None:
+            spoil(contenders.ours[wire])
         case = Case(128, 4, "skewed")
         return _row(case, contenders.measure(case, 0.1, 2))
 
 
 def test_a_case_on_one_node(ranks_of_two: Ranks) -> None:
-    for row in ranks_of_two.run(measured, False):
+    for row in ranks_of_two.run(measured):
         assert row.keys() >= PROMISED and row["us"] > 0 and row["rounds"] == 2
+        assert row["chunks"].keys() == {"bf16 layer", "fp8 layer"} and set(row["chunks"].values()) <= {*CANDIDATES}
+        assert row["arrivals_seen_at_the_wait_only"] == row["arrivals_seen_at_the_wait_only_fp8"] == 0, "gloo tells"
         times = row["times_us"]
         for wire in ("bf16", "fp8"):
             assert row[f"exchange_speedup_{wire}"] == pytest.approx(times["plain"] / times[wire])
@@ -96,8 +121,36 @@ def test_a_case_on_one_node(ranks_of_two: Ranks) -> None:
 
 
 def test_wrong_results_are_not_timed(ranks_of_two: Ranks) -> None:
-    with pytest.raises(RankError, match=r"rank 1: fp8: tokens came back changed by 0\.2"):
-        ranks_of_two.run(measured, True)
+    with pytest.raises(RankError, match=r"rank 1: fp8: tokens came back changed by 0\.(2|19)"):
+        ranks_of_two.run(measured, "fp8", spoil_exchange)
+
+
+@pytest.mark.parametrize("wire", ["bf16", "fp8"])
+def test_a_layer_with_a_wrong_expert_is_not_timed(ranks_of_two: Ranks, wire: str) -> None:
+    with pytest.raises(RankError, match=rf"rank 1: {wire} layer: token 2 differs from the plain layer's by 0\.[2-7]"):
+        ranks_of_two.run(measured, wire, spoil_layer)
+
+
+def chunks_of(group: EPGroup) -> tuple[dict[str, int], list[int]]:
+    """What is told of layers that were to take 2 chunks, then 6 and 6; and of all calls."""
+    with torch.inference_mode():
+        contenders = Contenders(group, make_transport(group), 128, 32)
+        chosen = iter([1, 2, 6, 6, 2])
+        pace = contenders.ours["bf16"].layer.pipeline.pace
+        assert pace is not None
+
+        def choose_next(tokens: int) -> int:
+            pace.chosen = next(chosen)
+            return pace.chosen
+
+        pace.choose = choose_next  # type: ignore[method-assign]
+        return contenders.measure(Case(128, 16, "random"), 0.1, 2).chunks, contenders.ours["bf16"].chunks
+
+
+def test_chunks_are_those_of_the_rounds(ranks_of_two: Ranks) -> None:
+    """Not those of the call that is checked, of the warm-up, or of the call in which flights are seen."""
+    for told, calls in ranks_of_two.run(chunks_of):
+        assert calls == [1, 2, 6, 6, 2] and told["bf16 layer"] == 6
 
 
 def test_routing() -> None:
@@ -135,6 +188,9 @@ def test_an_emulated_cluster_from_end_to_end(capfd: pytest.CaptureFixture[str]) 
     out, err = capfd.readouterr()
     result = json.loads(out)
     assert code == 0 and result["world"] == "2x2" and len(err.splitlines()) == len(result["cases"]) == 2
+    rates = Processor(4, 2, *[1e9] * 10, 0.0)
+    predicted = check(result, Cluster("any", 2, Wire(1e9, 1e-4), Wire(1e8, 1e-3, shared=True), rates))
+    assert len(predicted) == 2 * 6 and {one.same_rows for one in predicted} == {True}
     assert result["links"]["inside"]["gbytes_per_s"] > result["links"]["between"]["gbytes_per_s"]
     for case in result["cases"]:
         assert case.keys() >= PROMISED

@@ -152,6 +152,8 @@ def test_where_there_can_be_none(
         (["--emulate", "2by2"], "found '2by2'"),
         (["--emulate", "2x2", "--ranks", "4"], "leave out --ranks"),
         (["--emulate", "2x2", "--rate-mbit", "0"], "a link's rate"),
+        (["--ranks", "4", "--rate-mbit", "800"], "--rate-mbit is for --emulate"),
+        (["--latency-us", "0"], "--latency-us is for --emulate"),
         (["--routing", "even"], "--routing must be one of random, skewed, found 'even'"),
     ],
 )

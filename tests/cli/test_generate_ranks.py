@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.cli.conftest import Run
 from tests.models.checkpoints import greedy, save
 
 PROMPT = [5, 17, 9, 33, 21, 4, 8]
@@ -67,3 +68,14 @@ def test_a_timeline_of_every_rank(tmp_path: Path) -> None:
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {0, 1}
     assert {"experts", "route"} <= {event["name"] for event in events}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that takes nothing")
+def test_a_timeline_that_cannot_be_written_loses_no_result(run: Run, tmp_path: Path) -> None:
+    save("qwen3_moe", tmp_path)
+    options = ("generate", str(tmp_path), "--prompt-ids", "5,17", "--max-new-tokens", "3", "--json")
+    code, expected, _ = run(*options)
+    assert code == 0
+    code, out, err = run(*options, "--trace", "/dev/full")
+    assert code == 1 and err.startswith("error: the trace cannot be written to /dev/full: No space left")
+    assert json.loads(out)["outputs"] == json.loads(expected)["outputs"]

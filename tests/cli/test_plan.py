@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from crossdock.cli.bench.cluster import Link, Shape
 from crossdock.cli.plan_calibrate import Size, calibrate
 from crossdock.comm import LocalWorld
+from crossdock.errors import ConfigError
 from crossdock.parallel import Topology
 from crossdock.simulate import PRESETS, Cluster
 from tests.cli.conftest import Run
@@ -93,10 +95,24 @@ def test_a_trace_a_load_and_a_config(run: Run, tmp_path: Path) -> None:
         (["--tokens", "0"], 2, "'--tokens'"),
         (["--tokens", "1000000"], 1, "choices to count"),
         (["--skew", "nan"], 1, "skew must be in 0..10"),
+        (["--set", "ranks_per_node=inf"], 1, "ranks_per_node must be an integer, found inf"),
+        (["--set", "ranks_per_node=nan"], 1, "ranks_per_node must be an integer, found nan"),
         (["--trace", "absent.npy"], 1, "absent.npy cannot be read"),
+        (["--trace", "absent.npy", "--skew", "0"], 1, "--skew is of routing that is drawn"),
+        (["--check", "absent.json", "deepseek-v3"], 1, "the model says nothing to --check: leave it out"),
+        (["--check", "absent.json", "--ranks", "8"], 1, "--ranks says nothing to --check"),
+        (["--check", "absent.json", "--overlap"], 1, "--overlap says nothing to --check"),
+        (["--calibrate", "rates.json", "--tokens", "8"], 1, "--tokens says nothing to --calibrate"),
+        (["--calibrate", "rates.json", "--check", "absent.json"], 1, "--check says nothing to --calibrate"),
         (["--check", "absent.json"], 1, "absent.json cannot be read as JSON"),
         (["--emulate", "2x2"], 1, "--emulate is for --calibrate"),
         (["--calibrate", "absent/rates.json"], 1, "there is no folder"),
+        pytest.param(
+            ["--check", "absent.json", "--plot", "plan.png"],
+            1,
+            "--plot says nothing to --check",
+            marks=pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed"),
+        ),
         pytest.param(
             ["--plot", "absent/plan.png"],
             1,
@@ -113,8 +129,10 @@ def test_bad_option(run: Run, options: list[str], code: int, message: str) -> No
 
 def test_predicted_beside_measured(run: Run, tmp_path: Path) -> None:
     case = {"case": "D=256 T=16 random", "hidden": 256, "tokens_per_rank": 16, "routing": "random",
-            "times_us": {"plain": 1000.0, "fp8 layer": 2000.0}, "internode_bytes": 5}  # fmt: skip
-    (tmp_path / "measured.json").write_text(json.dumps({"world": "2x2", "expert_size": 64, "cases": [case]}))
+            "times_us": {"plain": 1000.0, "fp8 layer": 2000.0}, "internode_bytes": 5,
+            "chunks": {"fp8 layer": 2}}  # fmt: skip
+    result = {"world": "2x2", "expert_size": 64, "num_experts": 64, "top_k": 8, "cases": [case]}
+    (tmp_path / "measured.json").write_text(json.dumps(result))
     pairs = PRESETS["h100-400g"].changed({"ranks_per_node": 2})
     (tmp_path / "pairs.json").write_text(json.dumps(pairs.to_json()))
     files = ("--check", str(tmp_path / "measured.json"), "--cluster", str(tmp_path / "pairs.json"))
@@ -136,6 +154,12 @@ def test_rates_are_measured(topology: tuple[int, ...]) -> None:
     assert found.name == f"measured-{nodes}x{len(topology) // nodes}" and found.inter.shared == (nodes > 1)
     assert (found.processor.ranks, found.ranks_per_node) == (len(topology), len(topology) // nodes)
     assert Cluster.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_more_ranks_than_experts_have_no_rates() -> None:
+    many = SimpleNamespace(world_size=65, topology=Topology((0,) * 65))
+    with pytest.raises(ConfigError, match="divides 64 experts over the ranks: at most 64, found 65"):
+        calibrate(many, True, SMALL_SIZE)  # type: ignore[arg-type]
 
 
 def test_a_rank_writes_the_rates(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

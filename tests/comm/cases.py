@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crossdock.comm import Dispatcher, HierarchicalDispatcher, Inbound, Transport
+from crossdock.comm import Dispatcher, DispatchPlan, HierarchicalDispatcher, Inbound, Transport
+from crossdock.comm.hierarchy import Arriving, Returning
 
 FORMS = ("flat", "node", "node in portions", "node, weights later")
 
@@ -109,8 +110,7 @@ def exchange(transport: Transport, case: Case, form: str = "flat") -> dict[str, 
         plan = nodes.plan(ids_TK)
         arriving = nodes.dispatch_async(x_TD, plan, None if form == "node, weights later" else weights_TK)
         if form == "node in portions":
-            results = ((portion, compute(portion)) for portion in arriving.portions())
-            y_TD = nodes.combine_portions(results, weights_TK, arriving).wait()
+            y_TD = in_portions(nodes, arriving, weights_TK, compute)
             inbound = nodes.dispatch(x_TD, plan)
         else:
             inbound = arriving.wait()
@@ -119,6 +119,20 @@ def exchange(transport: Transport, case: Case, form: str = "flat") -> dict[str, 
     assert x_TD.grad is not None and weights_TK.grad is not None
     return {"rows_RD": inbound.rows_RD.detach(), "ends_L": inbound.ends_L, "y_TD": y_TD.detach(),
             "dx_TD": x_TD.grad, "dweights_TK": weights_TK.grad}  # fmt: skip
+
+
+def in_portions(
+    nodes: HierarchicalDispatcher, arriving: Arriving, weights_TK: Tensor, compute: Callable[[Inbound], Tensor]
+) -> Tensor:
+    """As the layer's pipeline does it: the near rows' results return while the far ones are computed."""
+    returning: Returning | None = None
+    for name, portion in zip(("near", "far"), arriving.portions(), strict=True):
+        out_RD = compute(portion)
+        returning = returning or Returning(nodes, arriving.plan, weights_TK, arriving.far_weights_AK, None)
+        assert isinstance(portion.plan, DispatchPlan)
+        returning.start(name, out_RD, portion.plan)
+    assert returning is not None
+    return returning.wait()
 
 
 def experts_of(rank: int, slots_per_rank: int) -> Callable[[Inbound], Tensor]:

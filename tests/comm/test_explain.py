@@ -85,7 +85,7 @@ def test_a_plan_on_the_device_and_a_part_of_one() -> None:
         plan = dispatcher.plan(ids_of(1))
     assert plan.token_R is not None
     count = int((ids_of(1) >= 0).sum())
-    assert [hop.rows for hop in dispatcher.explain(plan).before] == [(count, 0, 0)] * 2
+    assert [hop.rows for hop in plan.explain().before] == [(count, 0, 0)] * 2
 
     def part(transport: Transport) -> None:
         exchange = make_dispatcher(transport, SLOTS, HIDDEN, torch.float32, hierarchy="node")

@@ -48,6 +48,30 @@ def test_a_dozen_at_random() -> None:
     assert found["trials"] == 12 and not found["failed"], found["failed"]
 
 
+LOSES = """
+import os, sys
+import benchmarks.soak as soak
+def run_trial(trial):
+    if trial.number == 1:
+        os._exit({code})
+    return soak.Outcome(trial)
+soak.run_trial = run_trial
+sys.argv = ["soak.py", "--trials", "4", "--transports", "torch", "--json"]
+sys.exit(soak.main())
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_soak_that_lost_trials_fails(code: int) -> None:
+    """A worker ends with the second trial, and with it the fourth is lost."""
+    command = [sys.executable, "-c", LOSES.format(code=code)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=120, check=False)
+    found = json.loads(done.stdout)
+    assert done.returncode == 1 and found["trials"] == 2 and not found["failed"]
+    ended = ["worker 1 ended with exit code 3"] if code else []
+    assert found["problems"] == [*ended, "no word of trial 1", "no word of trial 3"]
+
+
 def error(rank: int, message: str, kind: str = "RankFailure", at: float = 1.0) -> dict[str, Any]:
     return {"event": "error", "rank": rank, "message": f"rank {rank}: plan: {message}", "kind": kind, "at": at}
 

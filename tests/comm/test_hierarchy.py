@@ -8,6 +8,7 @@ from torch import Tensor
 
 from crossdock import LocalWorld
 from crossdock.comm import Dispatcher, HierarchicalDispatcher, LocalTransport, Pending, Transport, make_dispatcher
+from crossdock.comm.hierarchy import Returning
 from crossdock.errors import ConfigError, PlanMismatch, RankFailure
 from crossdock.parallel import Topology
 
@@ -154,10 +155,10 @@ def test_ranks_that_disagree_are_named_before_anything_starts(other: dict[str, A
 def test_ranks_in_different_steps_are_named() -> None:
     def run(transport: Transport) -> None:
         exchange = HierarchicalDispatcher(transport, 8, 5, torch.float32)
-        exchange.step = 4 if transport.rank == 2 else 0
+        exchange.step = 4 if transport.rank == 2 else 1
         exchange.plan(ids_of(transport.rank))
 
-    with pytest.raises(PlanMismatch, match="rank 0: plan of exchange 1 in MoE layer 0: exchange is 5 on rank 2"):
+    with pytest.raises(PlanMismatch, match="rank 0: plan of exchange 2 in MoE layer 0: exchange is 5 on rank 2"):
         LocalWorld(4, topology=TWO_BY_TWO).run(run)
 
 
@@ -200,6 +201,11 @@ def test_wrong_arguments_are_named() -> None:
             exchange.combine(rows_RD, ones[:, :2], inbound)
         with pytest.raises(ConfigError, match=r"slot_ids must be in -1..7, found 8"):
             exchange.plan(torch.full((1, 3), 8))
+        arriving = exchange.dispatch_async(torch.ones(6, 5), plan, ones)
+        near = next(arriving.portions())
+        returning = Returning(exchange, plan, ones, arriving.far_weights_AK, None)
+        with pytest.raises(ConfigError, match=rf"out_RD must be torch.float32 \[{len(near.rows_RD)}, 5\], found"):
+            returning.start("near", rows_RD, plan.near)
         flat = Dispatcher(LocalTransport(), 8, 5, torch.float32)
         other = flat.dispatch(torch.ones(6, 5), flat.plan(ids_of(0)))
         with pytest.raises(ConfigError, match="found rows of another form"):

@@ -158,33 +158,6 @@ def test_twenty_times_the_same_bits(ranks_of_two: Ranks) -> None:
         assert len(set(bits)) == 1 and len(bits) == 20
 
 
-GROWTH = [Case("few", (1, 2)), Case("more", (3, 9), kind="one slot"), Case("most", (40, 7)), Case("few again", (2, 1))]
-
-
-def growing(group: EPGroup, device: str) -> tuple[list[dict[str, Tensor]], list[int]]:
-    """Steps that outgrow the rows, then the tokens; then two dispatches under way that both outgrow their buffers."""
-    transport = join(group, device)
-    dispatcher = dispatcher_of(transport, GROWTH[0], max_tokens=9, capacity=2, on_overflow="grow")
-    found = [exchange(transport, case, dispatcher) for case in GROWTH]
-    bounds = [dispatcher.bounds.max_tokens, dispatcher.bounds.capacity]
-    small = dispatcher_of(transport, GROWTH[0], max_tokens=9, capacity=1, on_overflow="grow")
-    pair = [[tensor.to(transport.device) for tensor in inputs(case)[transport.rank]] for case in (GROWTH[0], GROWTH[1])]
-    with torch.no_grad():
-        arriving = [small.dispatch_async(x_TD, small.plan(ids_TK)) for x_TD, ids_TK, _ in pair]
-        for pending, (_, _, weights_TK) in zip(arriving, pair, strict=True):
-            inbound = pending.wait()
-            rows_RD = in_order(inbound).clone()
-            y_TD = small.combine(results(inbound, transport.rank), weights_TK, inbound)
-            found.append({"rows_RD": rows_RD.cpu(), "ends_L": inbound.ends_L.cpu(), "y_TD": y_TD.cpu()})
-    return found, bounds
-
-
-def test_buffers_grow_where_asked(ranks_of_two: Ranks) -> None:
-    found = ranks_of_two.run(growing, "cpu")
-    assert [bounds for _, bounds in found] == [[64, 64]] * 2 or [bounds for _, bounds in found] == [[64, 128]] * 2
-    check_cases([*GROWTH, GROWTH[0], GROWTH[1]], [results for results, _ in found])
-
-
 CONFIG = MoEConfig(hidden_size=32, expert_size=24, num_experts=8, top_k=3, shared_size=16)
 
 
@@ -288,4 +261,3 @@ def test_processes_on_one_gpu(world_size: int) -> None:
             check_cases(STEPS, ranks.run(shrinking, "auto", "cuda"))
             check_cases(PAIR * 4, ranks.run(two_batches, "cuda"))
             assert all(len(set(bits)) == 1 for bits in ranks.run(repeats, "cuda"))
-            check_cases([*GROWTH, GROWTH[0], GROWTH[1]], [found for found, _ in ranks.run(growing, "cuda")])

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from crossdock import LocalWorld
 from crossdock.comm import LocalTransport, Transport
 from crossdock.errors import CommTimeout, CrossdockError, PlanMismatch, RankFailure
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 Work = Callable[[Transport], object]
 
 
@@ -125,12 +127,59 @@ def test_other_parts_are_told_apart() -> None:
         assert isinstance(error, PlanMismatch) and f"rank {rank}: split: rank {1 - rank} has other parts" in str(error)
 
 
+def test_gathers_of_other_lengths_are_told_apart() -> None:
+    def work(transport: Transport) -> None:
+        transport.all_gather([1], f"any text, {transport.rank}")
+        odd = transport.rank == 2
+        transport.all_gather([1] * (3 if odd else 2), "combine" if odd else "plan")
+
+    found = errors(3, work)
+    assert all(isinstance(error, PlanMismatch) for error in found)
+    assert [str(error) for error in found[:2]] == [f"rank {r}: plan: rank 2 is elsewhere: combine" for r in (0, 1)]
+    (error, _) = errors(2, lambda transport: transport.all_gather([1] * (2 + transport.rank), "plan"))
+    assert str(error) == "rank 0: plan: rank 1 gathers 3 integers, expected 2"
+
+
+class Meeting(torch.autograd.Function):
+    """A backward pass in which all ranks meet, as an exchange's does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, transport: Transport) -> torch.Tensor:
+        ctx.transport = transport
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None]:
+        met.append(threading.current_thread().name)
+        ctx.transport.all_gather([1], "backward")
+        return dx * 2, None
+
+
+met: list[str] = []
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
+def test_virtual_ranks_can_meet_in_their_backward_passes(kind: str) -> None:
+    """Each in its own thread: torch has one for each device, in which the first would wait for the others for ever."""
+
+    def work(transport: Transport) -> bool:
+        x = torch.ones(1, device=kind, requires_grad=True)
+        Meeting.apply(x, transport).backward()  # type: ignore[no-untyped-call]
+        assert x.grad is not None and x.grad.item() == 2
+        return torch._C._is_multithreading_enabled()
+
+    met.clear()
+    assert LocalWorld(3, timeout_s=20).run(work) == [False] * 3
+    assert sorted(met) == ["rank 0", "rank 1", "rank 2"] and torch._C._is_multithreading_enabled()
+
+
 def test_a_world_of_one_can_be_aborted() -> None:
     transport = LocalTransport()
-    assert transport.all_gather([3], "plan") == [[3]]
+    part = transport.split([[0]])
+    assert transport.all_gather([3], "plan") == part.all_gather([3], "plan") == [[3]]
     transport.abort("enough")
-    transport.abort("more than that")
-    for use in (lambda: transport.all_gather([3], "plan"),
+    part.abort("more than that")
+    for use in (lambda: transport.all_gather([3], "plan"), lambda: part.all_gather([3], "plan"),
                 lambda: transport.all_to_all_rows(torch.ones(1, 1), [1], [1], "plan")):  # fmt: skip
         with pytest.raises(RankFailure, match="rank 0: plan: rank 0 gave up: enough"):
             use()

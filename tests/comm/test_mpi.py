@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from crossdock import EPGroup, make_transport
+from crossdock.comm.mpi import _Moving, _one_call
 from crossdock.errors import ConfigError
 from tests.comm.cases import cases, oracle, oracle_over_nodes
 from tests.comm.test_conformance import NODES, compare
@@ -173,6 +175,24 @@ def test_a_rank_that_never_starts_is_waited_for_so_long(tmp_path: Path) -> None:
 def test_an_error_that_nobody_catches_ends_the_job(tmp_path: Path) -> None:
     done, _ = run(3, ["raises"], tmp_path)
     assert done.code != 0 and "ZeroDivisionError: broken on purpose" in done.err and done.seconds < 40
+
+
+def test_a_wait_ends_while_another_thread_never_returns_from_mpi() -> None:
+    """As where ranks are divided and one does not come: the look at the group's failure must have its turn."""
+
+    class Request:
+        def Test(self) -> bool:
+            return True
+
+    moving = _Moving(0)
+    moving.requests.append(Request())
+    waited: list[bool] = []
+    wait = threading.Thread(target=lambda: waited.append(moving.poll(0.1)), daemon=True)
+    with _one_call:
+        wait.start()
+        wait.join(20.0)
+        assert waited == [False]
+    assert moving.poll(0.1)
 
 
 def python(code: str, **environment: str) -> str:

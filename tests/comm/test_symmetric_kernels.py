@@ -8,12 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from crossdock.comm.one_sided import HEADER, PROGRAMS, UNITS, Box, Parcel, as_units, push_rows_ref, push_rows_triton
+from crossdock.comm.one_sided import (
+    HEADER,
+    PROGRAMS,
+    TAG,
+    UNITS,
+    Box,
+    Parcel,
+    as_units,
+    push_rows_ref,
+    push_rows_triton,
+)
 from crossdock.comm.one_sided_arrange import arrange_rows_ref, arrange_rows_triton
 from crossdock.comm.one_sided_wait import MISSING, STATUS, TOO_MANY, Awaited, wait_signals_ref, wait_signals_triton
 from crossdock.comm.symmetric_heap import FIRST, SymmetricHeap
 
-TAG = 1 << 62
 WORDS = TAG | 5, TAG | 9, 7
 
 
@@ -131,10 +140,11 @@ def test_waits_find_what_the_reference_finds(device: torch.device) -> None:
         for one, expected in zip(states[1], states[0], strict=True):
             assert torch.equal(one, expected)
         seen.append(states[1][1].tolist())
-    assert seen[0] == [[0, 0, 0], [MISSING, 1, 0], [MISSING, 0, 0], [1, 0, 0]]
-    assert seen[1][1] == [0, 0, 0]
-    assert seen[2][2] == [2, TAG, WORDS[1]]
-    assert seen[3][:2] == [[TOO_MANY, 4, 7], [TOO_MANY, 3, 8]]
+    expected = [*WORDS[:2]]
+    assert seen[0] == [[0] * 5, [MISSING, 1, 0, *expected], [MISSING, 0, 0, *expected], [1, 0, 0, 0, 0]]
+    assert seen[1][1] == [0, 0, 0, *expected]
+    assert seen[2][2] == [2, TAG, WORDS[1], *expected]
+    assert seen[3][:2] == [[TOO_MANY, 4, 7, *expected], [TOO_MANY, 3, 8, *expected]]
 
 
 def loops(counts_WL: list[list[int]], capacity: int) -> tuple[list[int], list[int]]:
@@ -170,7 +180,7 @@ def test_arranges_rows_by_slot(world: int, slots: int, device: torch.device) -> 
             assert all(tensor.dtype == torch.int32 for tensor in found)
             assert found.ends_L.tolist() == expected_ends
             assert found.row_ids_R.shape == found.place_R.shape == (world * capacity,)
-            assert found.row_ids_R[: len(expected_rows)].tolist() == expected_rows
+            assert found.row_ids_R.tolist() == expected_rows + [0] * (world * capacity - len(expected_rows))
             assert found.place_R[expected_rows].tolist() == list(range(len(expected_rows)))
             assert found.first_W.tolist() == [source * capacity for source in range(world)]
             sent = [last - first for first, last in zip(found.first_W.tolist(), found.last_W.tolist(), strict=True)]

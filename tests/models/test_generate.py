@@ -8,9 +8,10 @@ import torch
 
 from crossdock import LocalWorld, generate, load_model
 from crossdock.comm import LocalTransport, Transport
-from crossdock.errors import ConfigError, CrossdockError
+from crossdock.errors import CapacityOverflow, ConfigError, CrossdockError
 from crossdock.models.generate import Generation
 from crossdock.models.sampling import Sampling
+from crossdock.moe import MoELayer
 from tests.models.checkpoints import add_mtp, edit, save
 
 PROMPTS = [[5, 17, 9, 33, 21, 4, 8], [3, 1, 4], [2, 7, 1, 8, 2, 8]]
@@ -124,6 +125,27 @@ def test_logits_that_are_not_finite_end_it(tmp_path: Path) -> None:
     edit(tmp_path, {"lm_head.weight": torch.full((97, 64), float("nan"))})
     with pytest.raises(CrossdockError, match="prompt 0: the logits after 7 tokens are not finite"):
         run(tmp_path, LocalTransport())
+
+
+def test_layers_are_checked_before_a_token_is_told(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device finds wrong in the last layer of a step ends it: tokens sampled after that mean nothing."""
+    told: list[tuple[int, int]] = []
+    checked: list[tuple[MoELayer, int]] = []
+    monkeypatch.setattr(MoELayer, "check", lambda self: checked.append((self, len(told))))
+    model = load_model(plain, LocalTransport(), dtype=torch.float32).model
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    options: Any = {"max_new_tokens": 3, "on_token": lambda prompt, token: told.append((prompt, token))}
+    generate(model, PROMPTS[:1], LocalTransport(), **options)
+    assert layers and checked == [(layer, step) for step in range(3) for layer in layers]
+
+    def broken(self: MoELayer) -> None:
+        raise CapacityOverflow("rank 1 has 9 rows for one rank")
+
+    told.clear()
+    monkeypatch.setattr(MoELayer, "check", broken)
+    with pytest.raises(CapacityOverflow, match="rank 1 has 9 rows"):
+        generate(model, PROMPTS[:1], LocalTransport(), **options)
+    assert not told
 
 
 def test_a_temperature_near_zero_is_greedy(plain: Path) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from crossdock import EPGroup, ExpertPlacement, LocalWorld, MoEConfig, MoELayer, make_transport
 from crossdock.comm import LocalTransport, Transport
-from crossdock.errors import ConfigError
+from crossdock.errors import CapacityOverflow, ConfigError
 from crossdock.gemm import QuantSpec, dequantize_blocks, dequantize_rows, quantize_blocks, quantize_rows
-from crossdock.moe import Fp8Experts, moe_ref, sum_replicated_gradients
+from crossdock.moe import ExchangeConfig, Fp8Experts, moe_ref, sum_replicated_gradients
 from crossdock.moe.reference import select_ref
 from tests.launch import Ranks
 
@@ -173,6 +173,34 @@ def test_gradients_of_virtual_ranks(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_of_two_processes(name: str, ranks_of_two: Ranks) -> None:
     check_gradients(ranks_of_two.run(gradients_of_group, name, "shared out"), name)
+
+
+def test_check_asks_the_exchange_that_finds_later() -> None:
+    """What latency mode on a GPU has found is raised without another call; other forms have nothing to ask."""
+
+    class Stale:
+        def check(self) -> None:
+            raise CapacityOverflow("rank 1 has 9 rows")
+
+    layer = MoELayer(DEEPSEEK, LocalTransport(), exchange=ExchangeConfig(mode="latency"))
+    layer.check()
+    layer.dispatcher = Stale()  # type: ignore[assignment]
+    with pytest.raises(CapacityOverflow, match="rank 1 has 9 rows"):
+        layer.check()
+
+
+def checked_calls(group: EPGroup) -> list[str]:
+    layer = MoELayer(DEEPSEEK, make_transport(group, "symmetric"), exchange=ExchangeConfig(mode="latency"))
+    calls: list[str] = []
+    layer.dispatcher.check = lambda: calls.append("check")  # type: ignore[attr-defined]
+    with torch.no_grad():
+        layer(tokens().bfloat16())
+    layer.check()
+    return calls
+
+
+def test_check_reaches_the_form_of_latency_mode(ranks_of_two: Ranks) -> None:
+    assert ranks_of_two.run(checked_calls) == [["check"]] * 2
 
 
 def test_load_counts_every_choice() -> None:

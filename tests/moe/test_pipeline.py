@@ -1,10 +1,7 @@
 """Chunks: the bits of the undivided layer, the order in which rows leave, their number, and how much they hide."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +10,10 @@ from torch import Tensor
 
 from crossdock import EPGroup, ExpertPlacement, LocalWorld, MoEConfig, MoELayer, make_transport
 from crossdock.comm import LocalTransport, Transport
-from crossdock.comm.transport import Then
 from crossdock.errors import ConfigError, PlanMismatch
 from crossdock.moe import ExchangeConfig, sum_replicated_gradients
-from crossdock.moe.pace import chunk_shares
+from crossdock.moe.pace import Pace, chunk_shares
 from crossdock.moe.pipeline import chunk_slices
-from crossdock.moe.streams import Beside
-from crossdock.moe.trace import NO_TRACE
 from crossdock.parallel import Topology
 from tests.launch import Ranks
 from tests.moe.links import Noting, noise
@@ -196,51 +190,42 @@ def test_chunks_divide_all_tokens(tokens: int, chunks: int) -> None:
         assert abs(part.stop - part.start - share * tokens) <= 1
 
 
-def test_ranks_with_other_chunks_are_told_apart() -> None:
-    exchanges = [ExchangeConfig(chunks=2), ExchangeConfig(chunks=3)]
-    with pytest.raises(PlanMismatch):
-        LocalWorld(2, timeout_s=20).run(lambda t: forward(t, [12, 11], exchanges[t.rank]))
+def with_chunks(transport: Transport, chunks: tuple[int, int]) -> Tensor:
+    return forward(transport, [12, 11], ExchangeConfig(chunks=chunks[transport.rank]))
 
 
-class Streams:
-    """What `Beside` needs of torch.cuda, noting which stream waits for which, and what is launched on which."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.now = self.Stream(torch.device("cpu"), "main")
-
-    def Stream(self, device: torch.device, name: str = "side") -> Any:
-        stream = SimpleNamespace(name=name)
-        stream.wait_stream = lambda other: self.notes.append(f"{name} waits for {other.name}")
-        return stream
-
-    def current_stream(self, device: torch.device) -> Any:
-        return self.now
-
-    @contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        before, self.now = self.now, stream
-        yield
-        self.now = before
+def with_chunks_in_group(group: EPGroup, chunks: tuple[int, int]) -> None:
+    with pytest.raises(PlanMismatch, match=f"rank {1 - group.rank}"):
+        with_chunks(make_transport(group), chunks)
 
 
-def test_exchanges_run_beside_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams = Streams()
-    note = streams.notes.append
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: note(f"{int(self)} kept for {stream.name}"))
-    beside = Beside(torch.device("cpu"), NO_TRACE, streams)
+@pytest.mark.parametrize("chunks", [(2, 3), (0, 1), (3, 0)])
+def test_ranks_with_other_chunks_are_told_apart(chunks: tuple[int, int]) -> None:
+    with pytest.raises(PlanMismatch, match=r"rank [01]"):
+        LocalWorld(2, timeout_s=20).run(lambda t: with_chunks(t, chunks))
 
-    def launch(what: str, value: Any) -> Any:
-        note(f"{what} on {streams.now.name}")
-        return value
 
-    received = Then(lambda: launch("receive", torch.tensor(2)))
-    pending = beside.start(lambda: launch("send", received), torch.tensor(1), None)
-    note("products")
-    assert int(beside.finish(pending)) == 2
-    assert streams.notes == [
-        "side waits for main", "1 kept for side", "send on side", "products", "receive on side", "main waits for side",
-        "2 kept for main"]  # fmt: skip
+@pytest.mark.parametrize("chunks", [(0, 1), (3, 0)])
+def test_ranks_with_other_chunks_are_told_apart_between_processes(chunks: tuple[int, int]) -> None:
+    with Ranks(2, timeout_s=20.0) as ranks:
+        ranks.run(with_chunks_in_group, chunks)
+
+
+def test_links_are_measured_by_rows_of_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over nodes the first chunk comes in two portions: once the far one is here, and not before, is its time taken."""
+    monkeypatch.setattr(Pace, "choose", lambda self, tokens: 3)
+
+    def notes(transport: Transport) -> list[str]:
+        layer, found = build(transport, ExchangeConfig(chunks=0, hierarchy="node")), list[str]()
+        assert layer.pipeline.pace is not None
+        monkeypatch.setattr(layer.pipeline.pace, "saw_exchange", lambda *_: found.append("measured"))
+        layer.experts.register_forward_pre_hook(lambda *_: found.append("experts"))
+        with torch.no_grad():
+            layer(noise(TOKENS, 36, seed=2))
+        return found
+
+    for found in LocalWorld(4, topology=Topology((0, 0, 1, 1))).run(notes):
+        assert found == ["experts", "measured", "experts", "experts", "experts"]
 
 
 @pytest.mark.parametrize(

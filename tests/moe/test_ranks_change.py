@@ -60,6 +60,31 @@ def test_a_table_that_is_wrong_is_refused(slots_EX: list[list[int]], replicas_E:
         )
 
 
+def test_near_replicas_are_taken_as_far_as_the_load_allows() -> None:
+    """Four ranks on two nodes hold each expert once a node: what left the node before stays in it after, bits too."""
+    placement = ExpertPlacement(8, 4, (0, 1, 2, 3, 4, 5, 6, 7) * 2)
+
+    def run(transport: Transport) -> tuple[Tensor, Tensor, int, int]:
+        layer = build(transport, FLAT, placement)
+        far = [0, 0]
+        results = []
+        with torch.no_grad():
+            for turn in range(2):
+                results.append(layer(tokens()))
+                slots_TK = layer.router(tokens(), placement_tables=(layer.slots_EX, layer.replicas_E)).slot_ids_TK
+                far[turn] = int((slots_TK // 8 != transport.rank // 2).sum())
+                layer.prefer_near_replicas(slack=0.5)
+        return results[0], results[1], far[0], far[1]
+
+    expected_TD = build(LocalTransport(), FLAT)(tokens()).detach()
+    for before_TD, after_TD, far_before, far_after in LocalWorld(4, topology=Topology((0, 0, 1, 1))).run(run):
+        assert torch.equal(before_TD, expected_TD) and torch.equal(after_TD, expected_TD)
+        assert far_before > 0 and far_after == 0
+    alone = build(LocalTransport(), FLAT)
+    alone.prefer_near_replicas()
+    assert not alone.choose_replicas, "without replicas there is nothing to choose"
+
+
 @pytest.mark.parametrize("options", [{}, {"chunks": 3}])
 def test_a_layer_goes_on_without_a_rank(options: dict[str, Any]) -> None:
     """Its experts have replicas elsewhere, so what is left gives the bits of a world of one."""

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from crossdock import EPGroup, LocalWorld, make_transport
-from crossdock.comm import LocalTransport, Transport
+from crossdock.comm import LocalTransport, Pending, Transport
+from crossdock.comm.transport import Done
 from crossdock.errors import ConfigError
 from crossdock.moe import ExchangeConfig, intervals, pipeline
-from crossdock.moe.intervals import hidden_fraction, length, shared, union, without
+from crossdock.moe.intervals import flown_and_seen, hidden_fraction, length, shared, union, without
 from crossdock.moe.timeline import chrome_trace
-from crossdock.moe.trace import NO_TRACE, DeviceClock, Recorder, Watched, recorder_of, traced
+from crossdock.moe.trace import NO_TRACE, DeviceClock, Recorder, Watched, recorder_of, traced, write_trace
 from crossdock.parallel import Topology
 from tests.launch import Ranks
 from tests.moe.links import Slow, noise
@@ -65,7 +66,8 @@ def test_sets_of_stretches_agree_with_counting() -> None:
 def test_hidden_is_what_is_in_flight_and_not_waited_for(
     flights: list[tuple[float, float]], waits: list[tuple[float, float]], expected: float | None
 ) -> None:
-    assert hidden_fraction(flights, waits) == (expected if expected is None else pytest.approx(expected))
+    found = hidden_fraction([flown_and_seen(flights, waits)])
+    assert found == (expected if expected is None else pytest.approx(expected))
 
 
 def test_nothing_is_recorded_without_tracing(tmp_path: Path) -> None:
@@ -128,7 +130,8 @@ def test_a_file_of_real_ranks(ranks_of_two: Ranks, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     for found, expected in ranks_of_two.run(trace_in_group, path):
         assert torch.equal(found, expected)
-    check_file(path, {"dispatch", "combine"})
+    told = check_file(path, {"dispatch", "combine"})["otherData"]["hidden"]
+    assert told["flights"] and not told["arrivals_seen_at_the_wait_only"], "gloo tells of arrivals"
 
 
 def test_both_legs_of_an_exchange_over_nodes_are_seen() -> None:
@@ -194,6 +197,29 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         traced(tmp_path / "absent" / "trace.json", LocalTransport()),
     ):
         pass
+
+
+class OnDevice(LocalTransport):
+    """Takes rows of its device only, as NCCL does. Nothing is on the meta device, so `rows` are what arrives."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def all_to_all_rows(
+        self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
+    ) -> Pending[Tensor]:
+        assert rows_SD.device.type == "meta" and rows_SD.shape == self.rows.shape
+        return Done(self.rows)
+
+
+def test_timelines_travel_from_the_memory_of_rows(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with recorder.span("experts"):
+        pass
+    told = torch.frombuffer(bytearray(json.dumps(recorder.told()).encode()), dtype=torch.uint8)[:, None]
+    write_trace(tmp_path / "trace.json", recorder, OnDevice(told), torch.device("meta"))
+    assert "experts" in (tmp_path / "trace.json").read_text()
 
 
 def test_spans_end_where_waits_begin() -> None:

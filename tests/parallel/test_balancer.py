@@ -47,6 +47,20 @@ def test_hierarchical_keeps_a_group_on_one_node() -> None:
         assert len(nodes) == 1
 
 
+def test_more_slots_than_ranks_could_tell_apart() -> None:
+    """Twice the same expert on one rank, where nothing else can be; also in a layer that no token went to."""
+    for weight in (torch.zeros(1, 3), torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[1.0, 2.0, 3.0]])):
+        phy2log, _, count = rebalance(weight, 8, 1, 1, 2)
+        assert phy2log.shape == (1, 8) and int(count.sum()) == 8 and int(count.min()) >= 1
+        for expert in range(3):
+            assert phy2log[0].tolist().count(expert) == count[0, expert]
+
+
+def test_an_empty_slot_has_no_load() -> None:
+    report = balance_report(torch.tensor([[6.0, 4.0]]), torch.tensor([[0, 1, 1, -1]]), 2)
+    assert report.load_NW == [[8.0, 2.0]]
+
+
 def test_balancedness_is_over_ranks() -> None:
     assert balancedness([1.0, 1.0]) == 1.0 and balancedness([4.0, 0.0]) == 0.5 and balancedness([0.0, 0.0]) == 1.0
     assert lower_bound([8.0, 1.0], 2, 2) == 8.0 and lower_bound([8.0, 1.0], 4, 2) == 4.5

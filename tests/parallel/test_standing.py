@@ -93,6 +93,60 @@ def test_ranks_in_another_phase() -> None:
     assert (found.kind, found.text) == ("mismatch", "rank 1 is elsewhere: combine")
 
 
+def in_phases(*phases: str, broke: str = "") -> Failure:
+    """What rank 0 finds where rank r is in phases[r] of the same turn."""
+    standings: dict[int, Standing | None] = {}
+    for rank, phase in enumerate(phases):
+        place = Place(tuple(range(len(phases))))
+        place.waiting = place.enter(phase).number
+        standings[rank] = {"world": place}
+    return blame(Wait(0, "world", Turn(1, phases[0], 0.0), 4.0, 4.0, broke), standings, {})
+
+
+def test_of_many_ranks_those_in_another_phase_than_most_are_named() -> None:
+    found = in_phases("dispatch", "dispatch", "combine", "dispatch")
+    assert (found.kind, found.ranks) == ("mismatch", (2,))
+    assert found.text == "rank 2 is elsewhere: combine (most are in dispatch)"
+    found = in_phases("dispatch", "combine", "combine", "combine")  # found by the one that is
+    assert (found.ranks, found.text) == ((0,), "rank 0 is elsewhere: dispatch (most are in combine)")
+    found = in_phases("dispatch", "combine", "dispatch", "plan", "dispatch")
+    assert found.ranks == (1, 3)
+    assert found.text == "rank 1 is elsewhere: combine, rank 3 is elsewhere: plan (most are in dispatch)"
+
+
+def test_where_no_phase_has_most_ranks_another_than_the_finder_is_named() -> None:
+    for phases in (("dispatch", "combine"), ("dispatch", "combine", "dispatch", "combine")):
+        found = in_phases(*phases)
+        assert (found.kind, found.ranks, found.text) == ("mismatch", (1,), "rank 1 is elsewhere: combine")
+
+
+def test_nobody_is_late_for_an_exchange_that_broke_before_its_time() -> None:
+    part = (1, 2)
+    standings = {
+        0: stands(world=(ALL, 5, True)),
+        1: stands(world=(ALL, 4, False), part=(part, 3, True)),  # waits for rank 2, which computes
+        2: stands(world=(ALL, 4, False), part=(part, 2, False)),
+        3: stands(world=(ALL, 5, True)),
+    }
+    wait = Wait(0, "world", Turn(5, "world 5", time.monotonic()), 0.1, 4.0, "connection reset")
+    found = blame(wait, standings, {})
+    assert (found.kind, found.ranks, found.text) == ("broken", (), "the exchange broke: connection reset")
+    assert blame(wait, standings, {3: Lost("the process ended")}).ranks == (3,)
+    assert isinstance(found.error(0, "plan"), RankFailure)
+
+
+def test_an_exchange_that_broke_tells_of_ranks_elsewhere() -> None:
+    found = in_phases("dispatch", "combine", "dispatch", broke="other sizes")
+    assert (found.kind, found.ranks) == ("mismatch", (1,))
+    first, second = (0, 1), (1, 0)
+    standings = {
+        0: stands(first=(first, 2, True), second=(second, 1, False)),
+        1: stands(first=(first, 1, False), second=(second, 2, True)),
+    }
+    found = blame(Wait(0, "first", Turn(2, "first 2", 0.0), 0.1, 4.0, "reset"), standings, {})
+    assert found.text == "ranks wait for one another: rank 0 in first 2, rank 1 in second 2"
+
+
 def test_who_came_last_is_late_and_else_it_took_too_long() -> None:
     standings = {r: stands(world=(ALL, 5, True)) for r in ALL}
     entered = standings[0]["world"].entered(5)

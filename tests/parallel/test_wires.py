@@ -1,25 +1,30 @@
 """The connections between ranks: lines arrive, ends are noticed, strangers are turned away, early lines wait."""
 
+import json
 import os
+import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from threading import Thread
+from dataclasses import replace
+from threading import Event, Thread
 
 import pytest
 
-from crossdock.errors import CommTimeout, RankFailure
+from crossdock.errors import CommTimeout, PlanMismatch, RankFailure
+from crossdock.parallel import wires
+from crossdock.parallel.meeting import Card, Listener
 from crossdock.parallel.standing import Failure
 from crossdock.parallel.watch import Watch
-from crossdock.parallel.wires import Card, Listener, Wires
+from crossdock.parallel.wires import Wires
 
 WAIT_S = 10.0
 
 
 @contextmanager
-def wired(world_size: int) -> Iterator[list[Wires]]:
-    """Wires of all ranks, in one process."""
+def wired(world_size: int, before: Sequence[Callable[[list[Listener]], None]] = ()) -> Iterator[list[Wires]]:
+    """Wires of all ranks, in one process; those of rank 0 listen, without the others, while `before` is called."""
     listeners = [Listener(rank, "127.0.0.1") for rank in range(world_size)]
     cards = [listener.card for listener in listeners]
     made: dict[int, Wires] = {}
@@ -30,6 +35,9 @@ def wired(world_size: int) -> Iterator[list[Wires]]:
     threads = [Thread(target=make, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
         thread.start()
+        while before:
+            before[0](listeners)
+            before = before[1:]
     for thread in threads:
         thread.join()
     try:
@@ -78,13 +86,18 @@ def test_an_end_without_a_word_and_one_with_a_goodbye() -> None:
     [b"GET / HTTP/1.1\r\n\r\n", b'{"rank": 1, "secret": "guessed"}\n', b"[1]\n", b"\xff\xfe\n", b"x" * 5000, b""],
 )
 def test_a_stranger_is_turned_away(greeting: bytes) -> None:
-    with wired(2) as (zero, one):
-        with socket.create_connection((zero.listener.card.address, zero.listener.card.port), WAIT_S) as stranger:
-            stranger.sendall(greeting)
-            stranger.shutdown(socket.SHUT_WR)
-            stranger.settimeout(WAIT_S)
+    def stranger(listeners: list[Listener]) -> None:
+        """Comes before any rank does, and waits for its end."""
+        card = listeners[0].card
+        with socket.create_connection((card.address, card.port), WAIT_S) as link:
+            link.sendall(greeting)
+            link.shutdown(socket.SHUT_WR)
             with suppress(ConnectionResetError):
-                assert stranger.recv(10) == b""
+                answers.append(link.recv(10))
+
+    answers: list[bytes] = []
+    with wired(2, [stranger]) as (zero, one):
+        assert answers in ([b""], [])
         got: list[str] = []
         zero.on_messages(0, lambda sender, message: got.append(message["kind"]))
         one.send(0, 0, {"kind": "still here"})
@@ -108,12 +121,132 @@ def test_a_rank_that_does_not_connect_is_named_to_those_who_do() -> None:
     watch.close()
 
 
+def test_a_dial_that_hangs_makes_no_one_late_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 2 cannot reach rank 0, as where packets are lost; rank 1, which it dials next, does not miss it."""
+    listeners = [Listener(rank, "127.0.0.1") for rank in (1, 2)]
+    cards = [Card(0, "elsewhere", "192.0.2.1", 9, ""), *(listener.card for listener in listeners)]
+    connect = socket.create_connection
+
+    def hangs(address: tuple[str, int], timeout: float) -> socket.socket:
+        if address[0] == "192.0.2.1":
+            time.sleep(timeout)
+            raise TimeoutError("timed out")
+        return connect(address, timeout)
+
+    monkeypatch.setattr(wires.socket, "create_connection", hangs)
+    said: dict[int, str] = {}
+
+    def make(listener: Listener) -> None:
+        try:
+            Wires(listener, cards, "127.0.0.1", time.monotonic() + 1.5)
+        except RankFailure as error:
+            said[listener.card.rank] = str(error)
+
+    threads = [Thread(target=make, args=(listener,)) for listener in listeners]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    missed = "init: rank 0 came, and was not seen again"
+    assert said == {1: f"rank 1: {missed}", 2: f"rank 2: {missed}"}
+
+
+def test_a_dial_that_hangs_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    listeners = [Listener(rank, "127.0.0.1") for rank in (0, 1)]
+    connect, tries = socket.create_connection, []
+
+    def hangs_once(address: tuple[str, int], timeout: float) -> socket.socket:
+        tries.append(timeout)
+        if len(tries) == 1:
+            raise TimeoutError("timed out")
+        return connect(address, timeout)
+
+    monkeypatch.setattr(wires.socket, "create_connection", hangs_once)
+    cards = [listener.card for listener in listeners]
+    other = Thread(target=lambda: Wires(listeners[0], cards, "127.0.0.1", time.monotonic() + WAIT_S).close())
+    other.start()
+    Wires(listeners[1], cards, "127.0.0.1", time.monotonic() + 100 * WAIT_S).close()
+    other.join()
+    assert len(tries) == 2 and max(tries) == wires.LONGEST_DIAL_S == 10.0
+
+
+def test_connections_are_kept_alive_and_the_port_is_closed_when_all_are_in() -> None:
+    with wired(3) as all_wires:
+        for one in all_wires:
+            assert one.listener.socket.fileno() == -1
+            for peer in one.peers.values():
+                assert peer.link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                if hasattr(socket, "TCP_KEEPIDLE"):
+                    assert peer.link.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+def test_a_rank_known_by_a_loopback_address_elsewhere_is_dialled_where_all_meet() -> None:
+    with wired(2) as (zero, one):
+        here = one.listener.card.host
+        for address, host, dialled in [
+            ("127.0.1.1", here, "127.0.1.1"),
+            ("127.0.1.1", "elsewhere", "127.0.0.1"),
+            ("::1", "elsewhere", "127.0.0.1"),
+            ("fe80::1%lo", "elsewhere", "fe80::1%lo"),
+            ("10.0.0.1", "elsewhere", "10.0.0.1"),
+        ]:
+            one.cards[0] = replace(zero.listener.card, address=address, host=host)
+            assert one.address(0) == dialled
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_a_rank_listens_to_both_families() -> None:
+    listener = Listener(0, "127.0.0.1")
+    for address in ("127.0.0.1", "::1"):
+        socket.create_connection((address, listener.card.port), WAIT_S).close()
+    listener.socket.close()
+
+
+def test_a_forked_child_does_not_hold_up_the_close() -> None:
+    with wired(2) as (zero, _):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60.0)
+            os._exit(0)
+        began = time.monotonic()
+        zero.close()
+        assert time.monotonic() - began < 2.0 and not zero._thread.is_alive()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_hundreds_of_ranks_may_come_at_once() -> None:
+    """More than the reading thread can tell itself of before it listens."""
+    listener, ranks, made = Listener(0, "127.0.0.1"), range(1, 351), []
+    cards = [listener.card, *(Card(rank, "", "127.0.0.1", 9, "") for rank in ranks)]
+
+    class Told(Wires):
+        def _connect(self, deadline: float) -> None:
+            made.append(self)
+            super()._connect(deadline)
+
+    links = [socket.create_connection(("127.0.0.1", listener.card.port), WAIT_S) for _ in ranks]
+    making = Thread(target=Told, args=(listener, cards, "127.0.0.1", time.monotonic() + WAIT_S), daemon=True)
+    making.start()
+    while not made or len(made[0]._selector.get_map()) < 2 + len(links):  # all accepted, none admitted
+        time.sleep(0.01)
+    with made[0].changed:  # the first to be admitted holds up the others
+        for rank, link in zip(ranks, links, strict=True):
+            link.sendall(json.dumps({"rank": rank, "secret": listener.card.secret}).encode() + b"\n")
+        time.sleep(0.2)
+    making.join(WAIT_S / 2)
+    assert not making.is_alive() and made[0].peers.keys() == set(ranks)
+    made[0].close()
+    for link in links:
+        link.close()
+
+
 def test_a_failure_is_told_once_and_is_the_same_everywhere() -> None:
     with wired(3) as all_wires:
-        watches = [Watch(wires, (0, 1, 2)) for wires in all_wires]
+        watches = [Watch(one, (0, 1, 2)) for one in all_wires]
         hooks: list[int] = []
         for rank, watch in enumerate(watches):
-            watch.on_failure.append(lambda rank=rank: hooks.append(rank))
+            watch.when_failed(lambda rank=rank: hooks.append(rank))
         watches[1].abort("enough")
         for watch in watches:
             assert until(watch.wires, lambda watch=watch: watch.failure is not None)
@@ -126,11 +259,15 @@ def test_a_failure_is_told_once_and_is_the_same_everywhere() -> None:
         while len(hooks) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert sorted(hooks) == [0, 1, 2]
+        late = Event()
+        watches[0].when_failed(late.set)
+        assert late.wait(WAIT_S)
+        assert sorted(hooks) == [0, 1, 2]
 
 
 def test_a_wait_ends_with_the_failure_and_not_with_the_timeout() -> None:
     with wired(2) as all_wires:
-        zero, one = (Watch(wires, (0, 1)) for wires in all_wires)
+        zero, one = (Watch(one, (0, 1)) for one in all_wires)
         channel = zero.channel("world", (0, 1), 60.0)
         turn = channel.enter("plan")
         Thread(target=lambda: (time.sleep(0.3), one.abort("enough"))).start()
@@ -147,7 +284,7 @@ def test_a_wait_ends_with_the_failure_and_not_with_the_timeout() -> None:
 
 def test_a_wait_names_who_is_late_after_asking() -> None:
     with wired(2) as all_wires:
-        zero, one = (Watch(wires, (0, 1)) for wires in all_wires)
+        zero, one = (Watch(one, (0, 1)) for one in all_wires)
         channel, other = zero.channel("world", (0, 1), 0.2), one.channel("world", (0, 1), 0.2)
         for each in (channel, other):
             each.enter("first")
@@ -156,6 +293,31 @@ def test_a_wait_names_who_is_late_after_asking() -> None:
         assert until(one.wires, lambda: one.failure is not None)
         with pytest.raises(CommTimeout, match=r"rank 1: plan: the others gave up on this rank \(found by rank 0\)"):
             other.enter("plan")
+
+
+def breaks(seconds: float) -> bool:
+    raise RuntimeError("connection reset by peer\nand more")
+
+
+def test_an_exchange_that_breaks_early_is_not_blamed_on_who_still_computes() -> None:
+    with wired(2) as all_wires:
+        zero, one = (Watch(one, (0, 1)) for one in all_wires)
+        channel = zero.channel("world", (0, 1), 60.0)
+        one.channel("world", (0, 1), 60.0).enter("experts")
+        channel.enter("experts")
+        with pytest.raises(RankFailure, match=r"^rank 0: plan: the exchange broke: connection reset by peer$"):
+            channel.wait(channel.enter("plan"), breaks)
+        assert until(one.wires, lambda: one.failure is not None)
+        assert one.failure is not None and (one.failure.kind, one.failure.ranks) == ("broken", ())
+
+
+def test_an_exchange_that_breaks_as_a_rank_is_elsewhere_says_so() -> None:
+    with wired(2) as all_wires:
+        zero, one = (Watch(one, (0, 1)) for one in all_wires)
+        channel = zero.channel("world", (0, 1), 60.0)
+        one.channel("world", (0, 1), 60.0).enter("combine")
+        with pytest.raises(PlanMismatch, match=r"^rank 0: plan: rank 1 is elsewhere: combine$"):
+            channel.wait(channel.enter("plan"), breaks)
 
 
 def test_a_forked_child_holds_no_connection() -> None:

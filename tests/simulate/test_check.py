@@ -35,11 +35,11 @@ def result(**changes: Any) -> dict[str, Any]:
     times = {f"{form}{layer}": 1.1 * expected_us(own or "node", wire, bool(layer))[0]
              for (form, (own, wire)), layer in product(FORMS.items(), ("", " layer"))}  # fmt: skip
     case = {
-        "case": "a case", "hidden": HIDDEN, "tokens_per_rank": TOKENS, "routing": "skewed", "chunks": 1,
-        "hidden_fraction": 0.5,
+        "case": "a case", "hidden": HIDDEN, "tokens_per_rank": TOKENS, "routing": "skewed", "hidden_fraction": 0.5,
+        "chunks": {"bf16 layer": 1, "fp8 layer": 1},
         "times_us": times | {"experts": 1.0}, "internode_bytes": expected_us("node", "bf16", False)[1],
     }  # fmt: skip
-    return {"world": "2x2", "expert_size": EXPERT, "cases": [case | changes]}
+    return {"world": "2x2", "expert_size": EXPERT, "num_experts": 64, "top_k": 8, "cases": [case | changes]}
 
 
 def test_each_time_has_its_prediction() -> None:
@@ -59,11 +59,11 @@ def test_other_rows_are_seen() -> None:
     assert {one.same_rows for one in check(result(internode_bytes=None), PAIRS)} == {None}
 
 
-def test_chunks_are_those_told_or_the_best() -> None:
-    told = {one.form: one.predicted.schedule.chunks for one in check(result(chunks={"bf16 layer": 4}), PAIRS)}
-    assert told["bf16 layer"] == 4 and told["bf16"] == told["plain layer"] == 1
-    untold = {one.form: one.predicted for one in check(result(chunks=None), PAIRS)}
-    assert untold["bf16 layer"].total_s * 1e6 <= expected_us("node", "bf16", True, 4)[0]
+def test_chunks_are_those_told() -> None:
+    told = {one.form: one for one in check(result(chunks={"bf16 layer": 4, "fp8 layer": 3}), PAIRS)}
+    taken = {name: one.predicted.schedule.chunks for name, one in told.items()}
+    assert taken == {"plain": 1, "plain layer": 1, "bf16": 1, "bf16 layer": 4, "fp8": 1, "fp8 layer": 3}
+    assert told["bf16 layer"].predicted.total_s * 1e6 == expected_us("node", "bf16", True, 4)[0]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,10 @@ def test_chunks_are_those_told_or_the_best() -> None:
         ({"world": "1x4"}, "4 ranks a node"),
         ({"world": "2x4"}, "4 ranks a node"),
         ({"expert_size": None}, "expert_size"),
+        ({"num_experts": None}, "num_experts"),
+        ({"top_k": 8.0}, "top_k"),
+        (result(chunks=None), "case 'a case' does not say how many chunks its layers took"),
+        (result(chunks={"bf16 layer": 2}), "lacks 'fp8 layer'"),
         ({"cases": [{"hidden": 8}]}, "tokens_per_rank"),
         ({"cases": [{"hidden": 8, "tokens_per_rank": 4, "routing": "random"}]}, "times_us"),
         ({"cases": [{"hidden": 8, "tokens_per_rank": 4, "routing": "odd", "times_us": {}}]}, "routing"),

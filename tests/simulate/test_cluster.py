@@ -45,6 +45,9 @@ def test_shapes_are_those_of_the_configs() -> None:
     assert LayerShape.from_config(qwen | {"shared_expert_intermediate_size": 64}).shared == 64
     with pytest.raises(ConfigError, match="moe_intermediate_size"):
         LayerShape.from_config({"hidden_size": 8})
+    for quantised, found in (({"quant_method": "awq"}, "found 'awq'"), ({"bits": 4}, "lacks the field")):
+        with pytest.raises(ConfigError, match=f"quantization_config.quant_method.*{found}|{found}.*quant_method"):
+            LayerShape.from_config(qwen | {"quantization_config": quantised})
     with pytest.raises(ConfigError, match="top_k 9"):
         LayerShape(8, 8, 8, 9)
     with pytest.raises(ConfigError, match="3 groups"):
@@ -69,6 +72,7 @@ def test_every_preset_says_where_its_numbers_are_from_and_survives_json() -> Non
         ({"inter": {"bytes_per_s": 1, "latency_s": 0, "colour": 1}}, "colour is no field"),
         ({"ranks_per_node": 2.5}, "ranks_per_node"),
         ({"ranks_per_node": 0}, "at least 1"),
+        ({"inter": {"bytes_per_s": 1.0, "latency_s": float("inf")}}, "latency_s must be at least 0 and finite"),
         ({"extra": 1}, "extra"),
     ],
 )
@@ -85,6 +89,13 @@ def test_bad_arguments() -> None:
     with pytest.raises(ConfigError, match="no number 'name'"):
         GPUS.changed({"name": 1.0})
     assert GPUS.changed({"ranks_per_node": 4.0}).ranks_per_node == 4
+    for value in (float("inf"), float("nan"), 2.5):
+        with pytest.raises(ConfigError, match=f"ranks_per_node must be an integer, found {value}"):
+            GPUS.changed({"ranks_per_node": value})
+    with pytest.raises(ConfigError, match=r"processor\.ranks is no field with a number, found inf"):
+        GPUS.changed({"processor.ranks": float("inf")})
+    whole = Cluster.from_json(GPUS.to_json() | {"inter": {"bytes_per_s": 10**9, "latency_s": 0}})
+    assert whole.changed({"inter.latency_s": 1e-6}).inter.latency_s == 1e-6
     with pytest.raises(ConfigError, match="12 ranks do not fill nodes of 8"):
         list(compare(SHAPE, GPUS, Drawn.skewed(SHAPE), 8, [12], Choice()))
     with pytest.raises(ConfigError, match="tokens"):

@@ -186,6 +186,47 @@ def test_jobs_follow_the_layers_order() -> None:
     assert all(number < at for at, job in enumerate(written.jobs) for number in job.after)
 
 
+MANY = parts(16, 16384)  # on two nodes, and so many that each token travels to a rank once
+
+
+def plan_jobs(schedule: Schedule) -> list[tuple[str, int]]:
+    written = program(MANY[schedule.chunks], SHAPE, GPUS, schedule)
+    jobs = [job for job in written.jobs if job.phase == "plan"]
+    assert written.jobs[: len(jobs)] == tuple(jobs), "rows leave behind all plans"
+    return [(job.name, job.chunk) for job in jobs]
+
+
+def test_plans_are_made_in_the_dispatchers_order() -> None:
+    """One gather for all chunks; then all that needs nothing more leaves; then what needs the slots that came over."""
+    every = range(4)
+    own = ("plan over nodes", "slots", "plan of the node's own", "index")
+    assert plan_jobs(Schedule("node", chunks=4)) == [
+        *[("plan", chunk) for chunk in every],
+        ("counts", 0),
+        *[(name, chunk) for chunk in every for name in own],
+        *[(name, chunk) for chunk in every for name in ("plan of what comes over", "index of what comes over")],
+    ]
+    indices = [("index", chunk) for chunk in every]
+    assert plan_jobs(Schedule("flat", chunks=4)) == [*[("plan", chunk) for chunk in every], ("counts", 0), *indices]
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize("hierarchy", ["flat", "node"])
+def test_chunks_share_the_latency_of_counts(hierarchy: str, chunks: int) -> None:
+    """Links between nodes that cost a second each time: one for all counts, and one for each chunk's integers."""
+    slow = endless(GPUS)
+    slow = replace(slow, inter=replace(slow.inter, latency_s=1.0), processor=replace(slow.processor, host=False))
+    written = program(MANY[chunks], SHAPE, slow, Schedule(hierarchy, chunks=chunks))
+    ends = [span.end for span in run(written.jobs).spans if span.phase == "plan"]
+    assert max(ends) == pytest.approx(1.0 + chunks, rel=1e-6)
+
+
+def test_one_node_plans_without_the_links_of_others() -> None:
+    alone = parts(8)[1]
+    times = [predict(alone, SHAPE, GPUS.changed({"inter.latency_s": s}), Schedule("flat")).total_s for s in (0.0, 1.0)]
+    assert times[0] == times[1]
+
+
 @pytest.mark.parametrize(("nodes", "published"), [(2, (90, 81)), (4, (61, 61))])
 def test_published_bandwidth_between_nodes(nodes: int, published: tuple[int, int]) -> None:
     """DeepEP V2 on CX7: 8192 tokens of 7168, top 8, FP8 there, BF16 back; GB/s with a node's own share included."""

@@ -172,7 +172,9 @@ def test_bytes_are_those_that_the_dispatchers_send(hierarchy: str, wire: str, hi
     kind = FlatStages if hierarchy == "flat" else NodeStages
     form = kind(Costs(PAIRS, LayerShape(hidden, 8, experts, top_k)), traffic, wire == "fp8")
     stages = [
+        *form.choose(),
         *form.plan(),
+        *form.plan_far(),
         *form.send(),
         *form.place(),
         *form.pass_on(),

@@ -45,8 +45,8 @@ def exchange(
     ctx: typer.Context,
     ranks: Annotated[int | None, typer.Option(min=2, help="Ranks to start on this machine; 4 by default.")] = None,
     emulate: Annotated[str | None, typer.Option(metavar="NxM", help="N nodes of M ranks, slow links between.")] = None,
-    rate_mbit: Annotated[int, typer.Option(help="Rate of an emulated node's link.")] = Link.rate_mbit,
-    latency_us: Annotated[int, typer.Option(help="Latency added to it (needs the kernel's netem).")] = Link.latency_us,
+    rate_mbit: Annotated[int | None, typer.Option(help="Rate of an emulated node's link; 800 by default.")] = None,
+    latency_us: Annotated[int | None, typer.Option(help="Latency added to it (needs the kernel's netem).")] = None,
     hidden: Annotated[list[int] | None, typer.Option(min=1, help="Only this hidden size; repeatable.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Only so many tokens a rank; repeatable.")] = None,
     routing: Annotated[list[str] | None, typer.Option(help="Only random or only skewed.")] = None,
@@ -64,7 +64,12 @@ def exchange(
         raise ConfigError(f"--routing must be one of {', '.join(ROUTINGS)}, found {unknown[0]!r}")
     if emulate is not None and ranks is not None:
         raise ConfigError("--emulate NxM says how many ranks there are: leave out --ranks")
-    link = Link(rate_mbit, latency_us)
+    if emulate is None and (rate_mbit is not None or latency_us is not None):
+        option = "--rate-mbit" if rate_mbit is not None else "--latency-us"
+        raise ConfigError(f"{option} is for --emulate: other links are as they are")
+    link = Link(
+        Link.rate_mbit if rate_mbit is None else rate_mbit, Link.latency_us if latency_us is None else latency_us
+    )
     if not ctx.obj.is_rank and (ranks is not None or emulate is not None or not under_launcher()):
         raise typer.Exit(_start(rank_command(ctx.obj.argv), ranks or 4, emulate, link, ctx.obj.debug))
     from crossdock.cli.runtime import join_ranks
@@ -74,7 +79,7 @@ def exchange(
         chosen = list(product(hidden or default[0], tokens or default[1], routing or ROUTINGS))
         result = _measure(runtime, chosen, expert_size, rounds, shares_memory=emulate is not None)
         if emulate is not None:
-            result = {"emulated_link": {"rate_mbit": rate_mbit, "latency_us": latency_us}} | result
+            result = {"emulated_link": {"rate_mbit": link.rate_mbit, "latency_us": link.latency_us}} | result
         if runtime.group.rank == 0:
             if not as_json:
                 result["cases"] = [{name: case.get(name) for name in SHOWN} for case in result["cases"]]
@@ -97,8 +102,9 @@ def _measure(
     """
     import torch
 
-    from crossdock.cli.bench.exchange_case import Case, Contenders
+    from crossdock.cli.bench.exchange_case import EXPERTS, TOP_K, Case, Contenders
     from crossdock.cli.bench.links import measure_links
+    from crossdock.parallel.memory import return_freed_memory
 
     began, group, transport = time.perf_counter(), runtime.group, runtime.transport
     topology = group.topology
@@ -113,11 +119,14 @@ def _measure(
                 if case.hidden == hidden:
                     rows.append(_row(case, contenders.measure(case, BUDGET_S, rounds)))
                     _told(runtime, rows[-1], f"{len(rows)}/{len(cases)}")
+                    return_freed_memory()  # which the next case needs in other sizes
+            del contenders
     nodes = topology.num_nodes
     result = {"world": f"{nodes}x{group.world_size // nodes}", "transport": transport.name, "device": str(group.device)}
     extra: dict[str, Any] = {"links": links} if links else {}
     extra |= {"left_out": left_out} if left_out else {}
-    return result | extra | {"expert_size": expert_size, "seconds": time.perf_counter() - began, "cases": rows}
+    layer = {"expert_size": expert_size, "num_experts": EXPERTS, "top_k": TOP_K}
+    return result | extra | layer | {"seconds": time.perf_counter() - began, "cases": rows}
 
 
 def _fitting(
@@ -162,8 +171,10 @@ def _row(case: "Case", found: "Found") -> dict[str, Any]:
         row[f"internode_bytes_minimum{name}"] = found.minimum[wire]
         row[f"internode_metadata_bytes{name}"] = found.metadata[wire]
         row[f"hidden_fraction{name}"] = found.hidden[wire]
+        row[f"arrivals_seen_at_the_wait_only{name}"] = found.unseen[wire]
         # of the exchange's time, what the layer does not take beyond the time of its products
         row[f"saved_fraction{name}"] = (took[wire] + took["experts"] - took[f"{wire} layer"]) / took[wire]
+    row["chunks"] = found.chunks
     row["internode_bytes_plain"] = found.crossed["plain"]
     row["compute_to_communication"] = took["experts"] / took["bf16"]
     row["compute_to_plain"] = took["experts"] / took["plain"]

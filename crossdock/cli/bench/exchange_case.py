@@ -1,13 +1,15 @@
 """One case of `bench exchange`: the plain form and ours, exchange alone and whole layer, in turn within one run.
 
 Alone, the exchange has experts that do nothing: what arrives, decoded and by slot, is what returns. So a token's result
-is the token times the sum of its weights, and each form is checked by that before its time counts.
+is the token times the sum of its weights, and each form is checked by that before its time counts; layers are checked
+by what the plain layer gives, token by token.
 
 Legend: T tokens a rank, D hidden, E experts, K experts per token, L slots a rank, F inner size of an expert.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import mode
 from typing import Any, cast
 
 import torch
@@ -20,7 +22,7 @@ from crossdock.cli.bench.timing import compare_ranks
 from crossdock.comm import DispatchPlan, Inbound, Transport
 from crossdock.errors import CrossdockError
 from crossdock.moe import ExchangeConfig, MoEConfig, MoELayer
-from crossdock.moe.intervals import length, shared
+from crossdock.moe.intervals import flown_and_seen, hidden_fraction
 from crossdock.moe.trace import DeviceClock, HostClock, Recorder, Watched
 from crossdock.moe.wire import Fp8Wire
 from crossdock.parallel import EPGroup, ExpertPlacement
@@ -29,6 +31,10 @@ from crossdock.simulate import rank_choices
 
 EXPERTS, TOP_K = 64, 8
 TOLERANCE = {"plain": 0.01, "bf16": 0.01, "fp8": 0.08}  # of the largest value: sums in bfloat16, e4m3 has 3 bits
+# Of a token's result as a vector. One wrong expert of eight, whose results are alike in size and otherwise unrelated,
+# changes it by about sqrt(2 / 8) = 0.5, and by 0.2 at least in layers as small as 128 by 32; sums in bfloat16 change it
+# by at most 0.004 there, and e4m3 rows by 0.04 on average and 0.06 at most.
+LAYER_TOLERANCE = {"bf16": 0.01, "fp8": 0.12}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire.
+    """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire;
+    unseen: flights of that call whose arrival was seen no sooner than at the wait, which makes the part too large.
+    chunks: how many a layer took in most rounds, by the name of its time.
 
     crossed, minimum: bytes of rows between nodes in one exchange, there and back, over all ranks, by form; the minimum
     is each (token, node) pair once. metadata: bytes of integers and weights beside them.
@@ -61,6 +69,8 @@ class Found:
 
     times: dict[str, list[float]]
     hidden: dict[str, float | None]
+    unseen: dict[str, int]
+    chunks: dict[str, int]
     crossed: dict[str, int]
     minimum: dict[str, int]
     metadata: dict[str, int]
@@ -92,6 +102,7 @@ class Ours:
             device=device,
         ).requires_grad_(False)
         self.chosen = _Chosen()
+        self.chunks: list[int] = []  # of each call of `whole`
         self.layer.router = cast(Any, self.chosen)
 
     def exchange(self, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -103,6 +114,8 @@ class Ours:
     def whole(self, x_TD: Tensor, routing: Routing) -> Tensor:
         self.chosen.routing = routing
         y_TD: Tensor = self.layer(x_TD)
+        pace = self.layer.pipeline.pace
+        self.chunks.append(1 if pace is None else pace.chosen)
         return y_TD
 
 
@@ -138,7 +151,7 @@ class Contenders:
 
     def measure(self, case: Case, budget_s: float, rounds: int | None) -> Found:
         """All forms in turn; a collective of all ranks. Raises CrossdockError where one gives wrong results."""
-        torch.manual_seed(self.transport.rank)  # each rank has its own tokens
+        torch.manual_seed(self.transport.world_size + self.transport.rank)  # its own tokens, unlike any weights
         x_TD = torch.randn(case.tokens, self.hidden, device=self.device).to(torch.bfloat16)
         routing = choose(case, self.transport.rank, self.device)
         exchanges = {"plain": self.plain_exchange} | {wire: ours.exchange for wire, ours in self.ours.items()}
@@ -148,11 +161,19 @@ class Contenders:
         for name, form in exchanges.items():
             self._check(name, form(x_TD, routing), x_TD)
         crossed, minimum, metadata = self._bytes(routing)
+        expected_TD = self.plain_layer(x_TD, routing)
+        for wire, ours in self.ours.items():
+            self._check_layer(wire, ours.whole(x_TD, routing), expected_TD)
+        del expected_TD
         calls = {name: _bound(form, x_TD, routing) for name, form in (exchanges | layers).items()}
         calls |= self._parts(x_TD, routing)
         times = compare_ranks(calls, self.transport, self.device, budget_s, rounds)
-        hidden = {wire: self._hidden(ours, x_TD, routing) for wire, ours in self.ours.items()}
-        return Found(times, hidden, crossed, minimum, metadata)
+        rounds_taken = len(times["plain"])
+        chunks = {f"{wire} layer": mode(ours.chunks[-rounds_taken:]) for wire, ours in self.ours.items()}
+        flights = {wire: self._flights(ours, x_TD, routing) for wire, ours in self.ours.items()}
+        hidden = {wire: hidden_fraction([(total["flown"], total["seen"])]) for wire, total in flights.items()}
+        unseen = {wire: total["unseen"] for wire, total in flights.items()}
+        return Found(times, hidden, unseen, chunks, crossed, minimum, metadata)
 
     def _bytes(self, routing: Routing) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
         """(rows that crossed, rows that must, integers that crossed): bytes by form, of one exchange of each."""
@@ -194,20 +215,27 @@ class Contenders:
         if not worst <= TOLERANCE[name]:
             raise CrossdockError(f"rank {self.transport.rank}: {name}: tokens came back changed by {worst:.3g}")
 
+    def _check_layer(self, wire: str, y_TD: Tensor, expected_TD: Tensor) -> None:
+        """Raises CrossdockError naming the token whose result differs most, where that is too much."""
+        error_T = (y_TD.float() - expected_TD.float()).norm(dim=1) / expected_TD.float().norm(dim=1)
+        worst = int(error_T.argmax())  # NaN counts as the largest
+        if not float(error_T[worst]) <= LAYER_TOLERANCE[wire]:
+            raise CrossdockError(f"rank {self.transport.rank}: {wire} layer: token {worst} differs from the plain "
+                                 f"layer's by {float(error_T[worst]):.3g}")  # fmt: skip
+
     def _total(self, found: dict[str, int]) -> dict[str, int]:
         """Summed over the ranks."""
         gathered = self.transport.all_gather(list(found.values()), "bench bytes")
         return dict(zip(found, map(sum, zip(*gathered, strict=True)), strict=True))
 
-    def _hidden(self, ours: Ours, x_TD: Tensor, routing: Routing) -> float | None:
-        """Of the time in which rows were in flight in one more call, the part in which its rank did not wait."""
+    def _flights(self, ours: Ours, x_TD: Tensor, routing: Routing) -> dict[str, int]:
+        """Of one more call, summed over the ranks: nanoseconds in which rows were in flight, of these those in which
+        their rank waited, and flights whose arrival was only seen at the wait."""
         ours.recorder.clear()
         ours.whole(x_TD, routing)
         told = ours.recorder.told()
-        in_flight, waited = told["in_flight"], shared(told["in_flight"], told["waiting"])
-        flown_ns, seen_ns = round(length(in_flight) * 1e9), round(length(waited) * 1e9)
-        total = self._total({"flown": flown_ns, "seen": seen_ns})
-        return 1.0 - total["seen"] / total["flown"] if total["flown"] else None
+        flown, seen = flown_and_seen(told["in_flight"], told["waiting"])
+        return self._total({"flown": round(flown * 1e9), "seen": round(seen * 1e9), "unseen": told["seen_at_wait"]})
 
 
 def choose(case: Case, rank: int, device: torch.device) -> Routing:
