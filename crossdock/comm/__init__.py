@@ -31,7 +31,7 @@ def make_transport(group: EPGroup, name: str = "auto") -> Transport:
     """
     if name == "auto":
         name = "local" if group.world_size == 1 else "torch" if group.communicator is None else "mpi"
-    if name in ("torch", "symmetric") and group.communicator is not None and group.process_group is None:
+    if name in ("torch", "symmetric") and group.communicator is not None and group.bond is None:
         start_torch(group)
     if name == "torch":
         return TorchTransport(group)

@@ -44,7 +44,7 @@ class TorchTransport:
     name = "torch"
 
     def __init__(self, group: EPGroup) -> None:
-        if group.process_group is None:
+        if group.bond is None:
             raise ConfigError("transport 'torch' needs a process group: start with torchrun and call crossdock.init()")
         bond = group.bonded()
         self._place(group, bond.whole, bond.name(), group.members, group.topology)

@@ -11,7 +11,6 @@ Results have the same bits either way.
 Legend: R rows, L groups, N output columns, K inner size.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,7 +42,7 @@ def packed_matmul(rows_RK: Tensor, weights: PackedWeights, ends_L: Tensor) -> Te
     filled = list(spans(ends_L))
     if filled[-1][2] - filled[-1][1] < FEWEST_ROWS:
         rows_RK = F.pad(rows_RK, (0, 0, 0, FEWEST_ROWS - 1))
-    out = []
+    out_RN = rows_RK.new_empty(filled[-1][2], weights[0].shape[0])
     for group, start, end in filled:
-        out.append(linear(rows_RK[start : max(end, start + FEWEST_ROWS)], weights[group])[: end - start])
-    return torch.cat(out)
+        out_RN[start:end] = linear(rows_RK[start : max(end, start + FEWEST_ROWS)], weights[group])[: end - start]
+    return out_RN

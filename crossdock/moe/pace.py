@@ -2,9 +2,10 @@
 
 More chunks hide more of the traffic, and cost more: each is an exchange and a pass over the experts' weights. The model
 plays the order of events of `crossdock.moe.pipeline` on one link and one processor, for each number of chunks, with
-rates that are typical for the device and, on a CPU, two factors: measured over predicted time, of exchanges and of
-products. The factors and the number of tokens are gathered at each call, and the worst of each is taken, so that all
-ranks choose the same number.
+rates that are typical for the device and, on a CPU, factors of measured over predicted time. There the processor moves
+rows, too, and products hide nothing of that: what it worked while rows travelled is no time of the link, and where
+ranks share cores it takes as much longer as products do. The factors and the number of tokens are gathered at each
+call, and the worst of each is taken, so that all ranks choose the same number.
 
 Rejected: a probe when the layer is built. Links that are throttled let a short burst through at full rate, so a probe
 short enough to go unnoticed measures something else. Rejected: fitting fixed costs too. One call has too few
@@ -21,30 +22,41 @@ from crossdock.comm import Codec
 from crossdock.comm.transport import Transport
 from crossdock.moe.config import MoEConfig
 
-CANDIDATES = (1, 2, 4, 6, 8)  # three leave a quarter of the traffic in sight, four a sixth
-WORTH = 0.98  # more chunks must save this much: fewer rows a product are slower in ways the model does not know
+CANDIDATES = (1, 2, 3, 4, 6, 8)  # of the traffic two leave half in sight, three a quarter, four a sixth
+WORTH = 0.97  # more chunks must save this much: fewer rows a product are slower in ways the model does not know
+PASSES = 8  # over the weights, which products of near rows must take at least, to be made while far rows are under way
 UNIT = 1_000_000  # factors are gathered as integers
 SHORT = 0.1  # of the time since rows were sent
 MOST = 1e4  # times faster or slower than assumed
+MOST_CROWDED = 8.0  # ranks on a core
 
 
 @dataclass(frozen=True)
 class Rates:
     """Seconds: of an exchange of no rows, of a byte, of a pass over the experts without rows, of a weight's byte, of an
-    operation (a multiplication or an addition)."""
+    operation (a multiplication or an addition); of the processor, for an exchange of no rows, and for a byte."""
 
     exchange_s: float
     byte_s: float
     pass_s: float
     weight_byte_s: float
     operation_s: float
+    handling_s: float = 0.0
+    handled_byte_s: float = 0.0
 
-    def scaled(self, exchange: float, products: float) -> "Rates":
-        """With bytes and operations slower by these factors; what does not grow with the rows stays."""
-        return replace(self, byte_s=self.byte_s * exchange, operation_s=self.operation_s * products)
+    def scaled(self, exchange: float = 1.0, products: float = 1.0, handling: float = 1.0) -> "Rates":
+        """With bytes, operations and handling slower by these factors; what else there is stays."""
+        return replace(
+            self,
+            byte_s=self.byte_s * exchange,
+            operation_s=self.operation_s * products,
+            handling_s=self.handling_s * handling,
+            handled_byte_s=self.handled_byte_s * handling,
+        )
 
 
-CPU = Rates(exchange_s=5e-4, byte_s=1e-9, pass_s=1e-4, weight_byte_s=1e-10, operation_s=2e-11)
+CPU = Rates(exchange_s=5e-4, byte_s=1e-9, pass_s=1e-4, weight_byte_s=1e-10, operation_s=2e-11,
+            handling_s=2e-3, handled_byte_s=5e-10)  # fmt: skip
 NVLINK = Rates(exchange_s=5e-5, byte_s=1 / 150e9, pass_s=3e-5, weight_byte_s=1 / 3e12, operation_s=1 / 400e12)
 NETWORK = replace(NVLINK, exchange_s=1e-4, byte_s=1 / 45e9)  # as published for 16 to 64 H800 with 400 Gbit/s each
 
@@ -79,6 +91,11 @@ def exchange_s(rates: Rates, row_bytes: int, rows: float, world_size: int) -> fl
     return rates.exchange_s + rates.byte_s * row_bytes * rows * (world_size - 1) / world_size
 
 
+def handling_s(rates: Rates, row_bytes: int, rows: float) -> float:
+    """What the processor does to send and receive `rows` rows of a rank."""
+    return rates.handling_s + rates.handled_byte_s * row_bytes * rows
+
+
 def predicted_s(rates: Rates, work: Work, shares: list[float], tokens: int, world_size: int) -> float:
     """How long a layer takes whose tokens are divided into `shares`, which add up to 1; shared experts left out."""
     rows = [tokens * work.top_k * share for share in shares]
@@ -93,7 +110,8 @@ def predicted_s(rates: Rates, work: Work, shares: list[float], tokens: int, worl
     for chunk in range(len(rows)):
         while len(arrived) < min(chunk + 2, len(rows)):
             arrived.append(travel(len(arrived), work.row_bytes))
-        computed = max(computed, arrived[chunk]) + products_s(rates, work, rows[chunk])
+        handled = handling_s(rates, work.row_bytes, rows[chunk]) + handling_s(rates, work.back_bytes, rows[chunk])
+        computed = max(computed, arrived[chunk]) + handled + products_s(rates, work, rows[chunk])
         returned = travel(chunk, work.back_bytes)
     return returned
 
@@ -118,41 +136,62 @@ def best_chunks(rates: Rates, work: Work, tokens: int, world_size: int) -> int:
 
 
 class Pace:
-    """What one layer's exchanges and products have taken on this rank, over what was predicted."""
+    """What one layer's exchanges and products have taken on this rank, over what was predicted.
+
+    `chosen` is the last call's number of chunks, and `near_first` whether it is worth a pass over the weights to
+    compute what is near while the rest of the first chunk is under way.
+    """
 
     def __init__(self, transport: Transport, work: Work, device: torch.device) -> None:
         self.transport, self.work = transport, work
         self.measures = device.type == "cpu"
         self.rates = CPU if self.measures else NVLINK if transport.topology.num_nodes == 1 else NETWORK
-        self.exchange = self.products = 1.0
-        self.chosen = 1  # by the last call
+        self.exchange = self.products = self.handling = self.crowding = 1.0
+        self.chosen, self.near_first = 1, False
         self._seen: set[str] = set()
 
     def choose(self, tokens: int) -> int:
         """The number of chunks for a call with so many tokens here; a collective, the same on every rank."""
-        own = [tokens, round(self.exchange * UNIT), round(self.products * UNIT)]
-        gathered = self.transport.all_gather(own, "choice of chunks")
-        most, exchange, products = (max(values) for values in zip(*gathered, strict=True))
-        rates = self.rates.scaled(exchange / UNIT, products / UNIT)
+        factors = self.exchange, self.products, self.handling * self.crowding
+        gathered = self.transport.all_gather([tokens, *(round(f * UNIT) for f in factors)], "choice of chunks")
+        most, *worst = (max(values) for values in zip(*gathered, strict=True))
+        rates = self.rates.scaled(*(factor / UNIT for factor in worst))
         self.chosen = best_chunks(rates, self.work, most, self.transport.world_size)
+        near_rows = most * self.work.top_k * chunk_shares(self.chosen)[0] / 2
+        passed_s = products_s(rates, self.work, 0)
+        is_worth_it = products_s(rates, self.work, near_rows) >= (1 + PASSES) * passed_s
+        self.near_first = self.chosen > 1 and is_worth_it
         return self.chosen
 
-    def saw_exchange(self, rows: int, took_s: float, waited_s: float) -> None:
-        """Rows that this rank sent, alone on the link; where the wait was short, they may have been here for long."""
+    def saw_exchange(self, rows: int, took_s: float, waited_s: float, worked_s: float) -> None:
+        """Rows that this rank sent, alone on the link; where the wait was short, they may have been here for long.
+
+        worked_s: of this process meanwhile, on any core, without products.
+        """
+        handled_s = handling_s(self.rates, self.work.row_bytes, rows)
+        if handled_s > 0:
+            self.handling = self._towards("handling", self.handling, worked_s / handled_s)
         fixed_s, all_s = (exchange_s(self.rates, self.work.row_bytes, n, self.transport.world_size) for n in (0, rows))
-        found = self._learn("exchange", self.exchange, fixed_s, all_s, took_s)
+        link_s = max(took_s - worked_s * self.crowding, SHORT * took_s)
+        found = self._learn("exchange", self.exchange, fixed_s, all_s, link_s)
         self.exchange = found if waited_s > SHORT * took_s else min(found, self.exchange)
 
-    def saw_products(self, rows: int, took_s: float) -> None:
-        """Rows that went through this rank's experts."""
+    def saw_products(self, rows: int, took_s: float, worked_s: float) -> None:
+        """Rows that went through this rank's experts. worked_s: of the thread that called them."""
         fixed_s, all_s = (products_s(self.rates, self.work, n) for n in (0, rows))
         self.products = self._learn("products", self.products, fixed_s, all_s, took_s)
+        if worked_s > 0 and all_s >= 2 * fixed_s:
+            self.crowding = self._towards("crowding", self.crowding, min(took_s / worked_s, MOST_CROWDED))
 
     def _learn(self, what: str, factor: float, fixed_s: float, all_s: float, took_s: float) -> float:
-        """Half the way to the newest, all of it to the first; from calls in which rows weigh more than the rest."""
-        if not self.measures or all_s < 2 * fixed_s:
+        """From calls in which rows weigh more than the rest."""
+        enough = all_s >= 2 * fixed_s
+        return self._towards(what, factor, (took_s - fixed_s) / (all_s - fixed_s)) if enough else factor
+
+    def _towards(self, what: str, factor: float, ratio: float) -> float:
+        """Half the way to the newest, all of it to the first."""
+        if not self.measures:
             return factor
-        ratio = (took_s - fixed_s) / (all_s - fixed_s)
         ratio = min(max(ratio, 1 / MOST), MOST)
         first = what not in self._seen
         self._seen.add(what)

@@ -93,11 +93,11 @@ class Flow:
         self._arriving: deque[Pending[Inbound]] = deque()
         self._returning: list[Pending[Tensor]] = []
         self._sent = 0
-        self._began_s = 0.0
+        self._began_s = self._began_work_s = self._products_s = 0.0
 
     def start(self) -> None:
         """The first chunk's rows leave, and the second's behind them; all chunks' where rows travel in `Legs`."""
-        self._began_s = time.perf_counter()
+        self._began_s, self._began_work_s = time.perf_counter(), time.process_time()
         self._send()
         while self._sent < len(self._chunks) and (self._sent < 2 or isinstance(self._arriving[0], Legs)):
             self._send()
@@ -122,21 +122,25 @@ class Flow:
                 asked_s = time.perf_counter()
                 self._inbound = self._place.finish(part)
                 if chunk == 0 and number == len(parts) and self._pace is not None:  # all rows of the chunk are here
-                    now_s = time.perf_counter()
-                    self._pace.saw_exchange(len(self._x[0]) * self._top_k, now_s - self._began_s, now_s - asked_s)
+                    now_s, worked_s = time.perf_counter(), time.process_time() - self._began_work_s - self._products_s
+                    rows = len(self._x[0]) * self._top_k
+                    self._pace.saw_exchange(rows, now_s - self._began_s, now_s - asked_s, worked_s)
                 if chunk and self._arriving:  # whose first leg had the last chunk's products to arrive in
                     self._advance(self._arriving[0])
-                self._given_s = time.perf_counter()
+                self._given_s = time.perf_counter(), time.thread_time(), time.process_time()
                 yield self._inbound
 
     def _has_portions(self, pending: Pending[Inbound]) -> bool:
         """Not with one chunk, which may be a token's decoding: a portion is a pass over the experts' weights."""
-        return isinstance(pending, Arriving) and len(self._chunks) > 1 and not torch.is_grad_enabled()
+        is_worth_it = len(self._chunks) > 1 if self._pace is None else self._pace.near_first
+        return isinstance(pending, Arriving) and is_worth_it and not torch.is_grad_enabled()
 
     def give_back(self, out_RD: Tensor, plus_TD: Tensor | None) -> None:
         """The experts' results for the rows that iteration gave last; plus [T, D], of all tokens, joins the sums."""
         if self._pace is not None:
-            self._pace.saw_products(len(out_RD), time.perf_counter() - self._given_s)
+            given_s, given_thread_s, given_work_s = self._given_s
+            self._products_s += time.process_time() - given_work_s
+            self._pace.saw_products(len(out_RD), time.perf_counter() - given_s, time.thread_time() - given_thread_s)
         with self._recorder.span("give back"):
             if self._is_portion and self._returning:
                 self._return_portion(self._returning[0], "far", out_RD)

@@ -28,8 +28,10 @@ def hidden(group: EPGroup, chunks: int, compute: float, shared: float) -> tuple[
     rows = tokens * SLEEPING.top_k
     transport.s_a_byte = SECONDS / (rows * HIDDEN * 2)  # half of a rank's rows travel, there and back
     layer.experts = Asleep(compute * SECONDS / rows)
-    if layer.pipeline.pace is not None:  # as if the experts were as much work as they take
-        layer.pipeline.pace.work = Work(2, HIDDEN * 2, HIDDEN * 2, round(layer.experts.s_a_row / CPU.operation_s), 0)
+    if layer.pipeline.pace is not None:  # as if the experts were as much work as they take, and not kept from a core
+        pace, saw = layer.pipeline.pace, layer.pipeline.pace.saw_products
+        pace.work = Work(2, HIDDEN * 2, HIDDEN * 2, round(layer.experts.s_a_row / CPU.operation_s), 0)
+        pace.saw_products = lambda rows, took_s, worked_s: saw(rows, took_s, took_s)
     layer.shared_experts = Asleep(shared * SECONDS / tokens) if shared else None
     with torch.no_grad():
         for _ in range(3 if chunks == 0 else 1):

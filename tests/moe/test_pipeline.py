@@ -218,6 +218,7 @@ def test_links_are_measured_by_rows_of_all_nodes(monkeypatch: pytest.MonkeyPatch
     def notes(transport: Transport) -> list[str]:
         layer, found = build(transport, ExchangeConfig(chunks=0, hierarchy="node")), list[str]()
         assert layer.pipeline.pace is not None
+        layer.pipeline.pace.near_first = True
         monkeypatch.setattr(layer.pipeline.pace, "saw_exchange", lambda *_: found.append("measured"))
         layer.experts.register_forward_pre_hook(lambda *_: found.append("experts"))
         with torch.no_grad():
