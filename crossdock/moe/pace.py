@@ -34,7 +34,7 @@ MOST_CROWDED = 8.0  # ranks on a core
 @dataclass(frozen=True)
 class Rates:
     """Seconds: of an exchange of no rows, of a byte, of a pass over the experts without rows, of a weight's byte, of an
-    operation (a multiplication or an addition); of the processor, for an exchange of no rows, and for a byte."""
+    operation (a multiplication or an addition); of the processor, to send no rows, and for a byte of their values."""
 
     exchange_s: float
     byte_s: float
@@ -91,9 +91,10 @@ def exchange_s(rates: Rates, row_bytes: int, rows: float, world_size: int) -> fl
     return rates.exchange_s + rates.byte_s * row_bytes * rows * (world_size - 1) / world_size
 
 
-def handling_s(rates: Rates, row_bytes: int, rows: float) -> float:
-    """What the processor does to send and receive `rows` rows of a rank."""
-    return rates.handling_s + rates.handled_byte_s * row_bytes * rows
+def handling_s(rates: Rates, work: Work, rows: float) -> float:
+    """What the processor does to send `rows` rows of a rank, and to receive as many: it grows with their values,
+    however few bytes these are on the wire."""
+    return rates.handling_s + rates.handled_byte_s * work.back_bytes * rows
 
 
 def predicted_s(rates: Rates, work: Work, shares: list[float], tokens: int, world_size: int) -> float:
@@ -110,7 +111,7 @@ def predicted_s(rates: Rates, work: Work, shares: list[float], tokens: int, worl
     for chunk in range(len(rows)):
         while len(arrived) < min(chunk + 2, len(rows)):
             arrived.append(travel(len(arrived), work.row_bytes))
-        handled = handling_s(rates, work.row_bytes, rows[chunk]) + handling_s(rates, work.back_bytes, rows[chunk])
+        handled = 2 * handling_s(rates, work, rows[chunk])
         computed = max(computed, arrived[chunk]) + handled + products_s(rates, work, rows[chunk])
         returned = travel(chunk, work.back_bytes)
     return returned
@@ -168,7 +169,7 @@ class Pace:
 
         worked_s: of this process meanwhile, on any core, without products.
         """
-        handled_s = handling_s(self.rates, self.work.row_bytes, rows)
+        handled_s = handling_s(self.rates, self.work, rows)
         if handled_s > 0:
             self.handling = self._towards("handling", self.handling, worked_s / handled_s)
         fixed_s, all_s = (exchange_s(self.rates, self.work.row_bytes, n, self.transport.world_size) for n in (0, rows))
