@@ -172,7 +172,7 @@ def test_cases_without_memory_for_them_are_left_out(ranks_of_two: Ranks) -> None
     small, large = "D=128 T=4 random", "D=128 T=4096 random"
     assert ranks_of_two.run(fitting, 1 << 40) == [([small, large], [])] * 2
     assert ranks_of_two.run(fitting, 10_000_000) == [([small], [large])] * 2
-    with pytest.raises(RankError, match=r"no case fits into memory: .*needs about 0\.1 GB, and 0\.0 GB are free"):
+    with pytest.raises(RankError, match=r"no case fits into memory: .*needs about 0\.2 GB, and 0\.0 GB are free"):
         ranks_of_two.run(fitting, 1000)
 
 

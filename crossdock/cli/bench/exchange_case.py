@@ -49,15 +49,14 @@ class Case:
         return f"D={self.hidden} T={self.tokens} {self.routing}"
 
     def peak_bytes(self, ranks: int, expert_size: int) -> int:
-        """What `ranks` ranks hold at most, about: two layers' experts, and rows of bfloat16 eight times over.
+        """What `ranks` ranks hold at most, about: two layers' experts, and rows of bfloat16 twelve times over.
 
-        Eight: what the experts alone are measured with; sent, arrived, in order, the experts' results, these in order,
-        back; and the holes that other forms' sizes leave in memory that is kept. Where one rank gets most of the rows,
-        these holes are as large again: 23 GB were not enough for four ranks with 4096 tokens of 7168 values.
+        Twelve: what the experts alone are measured with; sent, arrived, in order, the experts' results, these in order,
+        back; and about as much in holes that other forms' sizes leave in memory that is kept. 23 GB were not enough for
+        four ranks with 4096 tokens of 7168 values.
         """
         rows = ranks * self.tokens * TOP_K * self.hidden * 2
-        copies = 8 if self.routing == "random" else 12
-        return copies * rows + 2 * 2 * 3 * EXPERTS * self.hidden * expert_size
+        return 12 * rows + 2 * 2 * 3 * EXPERTS * self.hidden * expert_size
 
 
 @dataclass(frozen=True)
