@@ -9,7 +9,7 @@ from crossdock.comm.agreement import HIERARCHIES
 from crossdock.comm.codec import Codec
 from crossdock.comm.dispatcher import Dispatcher
 from crossdock.comm.explain import Traffic, summed
-from crossdock.comm.form import Exchange, plan_each
+from crossdock.comm.form import Exchange
 from crossdock.comm.hierarchy import HierarchicalDispatcher
 from crossdock.comm.inbound import Inbound
 from crossdock.comm.local import LocalTransport, LocalWorld
@@ -99,6 +99,5 @@ __all__ = [
     "Transport",
     "make_dispatcher",
     "make_transport",
-    "plan_each",
     "summed",
 ]

@@ -4,7 +4,7 @@ Legend: T tokens here, D hidden, K experts per token, P slots, R rows received, 
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Exchange(Protocol):
 
     def plan(self, slot_ids_TK: Tensor, checked: bool = False) -> Any: ...
 
+    def plans(self, parts: Sequence[Tensor], checked: bool = False) -> list[Any]: ...
+
     def dispatch(self, x_TD: Tensor, plan: Any, weights_TK: Tensor | None = None) -> Inbound: ...
 
     def dispatch_async(self, x_TD: Tensor, plan: Any, weights_TK: Tensor | None = None) -> Pending[Inbound]: ...
@@ -35,20 +37,6 @@ class Exchange(Protocol):
     def combine_async(
         self, out_RD: Tensor, weights_TK: Tensor, inbound: Any, plus_TD: Tensor | None = None
     ) -> Pending[Tensor]: ...
-
-
-@runtime_checkable
-class PlansTogether(Protocol):
-    """A form whose plans of several exchanges need one gather."""
-
-    def plans(self, parts: Sequence[Tensor], checked: bool = False) -> list[Any]: ...
-
-
-def plan_each(exchange: Exchange, parts: Sequence[Tensor]) -> list[Any]:
-    """A plan for each part's slot ids, equally many on all ranks; all from one gather where the form can."""
-    if isinstance(exchange, PlansTogether):
-        return exchange.plans(parts)
-    return [exchange.plan(slot_ids_TK) for slot_ids_TK in parts]
 
 
 class ExchangeForm:

@@ -163,7 +163,15 @@ def _parts(transport: Transport, ranks_N: list[tuple[int, ...]]) -> tuple[Transp
     return _PARTS[transport]
 
 
-class Arriving:
+class Legs:
+    """A Pending of rows that go on from where they first arrive: over nodes, then inside one."""
+
+    def advance(self) -> None:
+        """Waits for the leg under way and starts the next; `wait` then has that one to wait for."""
+        raise NotImplementedError
+
+
+class Arriving(Legs):
     """Rows under way in two legs: over the rail, then inside the node. `advance` starts the second."""
 
     def __init__(self, form: HierarchicalDispatcher, x_TD: Tensor, plan: NodePlan, weights_TK: Tensor | None) -> None:
@@ -234,7 +242,7 @@ class Arriving:
         return receive(self._far_x_AD, self._far, self.form.node, self.plan.far, self.form.codec)
 
 
-class Returning:
+class Returning(Legs):
     """Results under way in two legs: inside the nodes, then over the rail. `advance` starts the second."""
 
     def __init__(

@@ -19,6 +19,7 @@ a row as it travels.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn, cast
 
@@ -127,6 +128,10 @@ class LatencyDispatcher(ExchangeForm):
         order_N, token_N, position_TK, ends_P = place(slot_ids_TK, self.num_slots)
         outgoing, starts_P1 = Outgoing(order_N, position_TK, []), F.pad(ends_P, (1, 0))
         return LatencyPlan(outgoing, [], [], ends_P[:0], None, None, self.step, token_N, starts_P1=starts_P1)
+
+    def plans(self, parts: Sequence[Tensor], checked: bool = False) -> list[LatencyPlan]:
+        """`plan` of several exchanges."""
+        return [self.plan(slot_ids_TK, checked) for slot_ids_TK in parts]
 
     def dispatch(self, x_TD: Tensor, plan: LatencyPlan, weights_TK: Tensor | None = None) -> LatencyInbound:
         """Sends x[t] to each slot chosen for t, and receives. Raises ConfigError for another shape or dtype."""

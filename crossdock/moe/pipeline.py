@@ -27,13 +27,13 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from crossdock.comm import DispatchPlan, Exchange, HierarchicalDispatcher, Inbound, plan_each
-from crossdock.comm.hierarchy import Arriving, Returning
+from crossdock.comm import DispatchPlan, Exchange, HierarchicalDispatcher, Inbound
+from crossdock.comm.hierarchy import Arriving, Legs, Returning
 from crossdock.comm.transport import Pending, Then
 from crossdock.moe.config import ExchangeConfig
 from crossdock.moe.pace import Pace, Work
@@ -41,15 +41,6 @@ from crossdock.moe.streams import Here, make_place
 from crossdock.moe.trace import NO_TRACE, NoTrace
 
 T = TypeVar("T")
-
-
-@runtime_checkable
-class Legs(Protocol):
-    """What a Pending has, too, where rows go on from where they first arrive: over nodes, then inside one."""
-
-    def advance(self) -> None:
-        """Waits for the leg under way and starts the next; `wait` then has that one to wait for."""
-        ...
 
 
 class Pipeline:
@@ -89,7 +80,7 @@ class Flow:
         self._dispatcher, self._place, self._pace = pipeline.dispatcher, pipeline.place, pipeline.pace
         self._recorder, self._chunks, self._top_k = pipeline.recorder, chunks, slot_ids_TK.shape[1]
         self._x, self._weights = _divide(x_TD, chunks), _divide(weights_TK, chunks)
-        self._plans = plan_each(self._dispatcher, _divide(slot_ids_TK, chunks))
+        self._plans = self._dispatcher.plans(_divide(slot_ids_TK, chunks))
         self._arriving: deque[Pending[Inbound]] = deque()
         self._returning: list[Pending[Tensor]] = []
         self._sent = 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from crossdock import EPGroup, LocalWorld, make_transport
-from crossdock.comm import Dispatcher, LocalTransport, TorchTransport, Transport, make_dispatcher, plan_each
+from crossdock.comm import Dispatcher, LocalTransport, TorchTransport, Transport, make_dispatcher
 from crossdock.errors import CommTimeout, ConfigError, PlanMismatch, RankFailure
 from crossdock.parallel import Topology
 from tests.launch import RankError, Ranks
@@ -122,7 +122,7 @@ def test_exchanges_can_be_planned_together(world_size: int, hierarchy: Literal["
         ids_TK = torch.randint(-1, 8, (90, 6), generator=torch.Generator().manual_seed(transport.rank))
         parts = [slice(0, 60), slice(60, 60), slice(60, 90)]
         ids = [ids_TK[part] for part in parts]
-        plans = plan_each(exchange, ids) if together else [exchange.plan(each) for each in ids]
+        plans = exchange.plans(ids) if together else [exchange.plan(each) for each in ids]
         found = []
         for part, plan in zip(parts, plans, strict=True):
             inbound = exchange.dispatch(x_TD[part], plan, torch.ones(ids_TK[part].shape))
