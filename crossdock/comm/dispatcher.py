@@ -22,7 +22,7 @@ from crossdock.comm.combine import need_gradient, weigh
 from crossdock.comm.form import ExchangeForm
 from crossdock.comm.inbound import Inbound, receive
 from crossdock.comm.lane import Lane
-from crossdock.comm.once import is_worth_it, with_once
+from crossdock.comm.once import Planned, is_worth_it, with_once
 from crossdock.comm.plan import (
     DispatchPlan,
     Outgoing,
@@ -58,16 +58,19 @@ class Dispatcher(ExchangeForm):
         super().__init__(transport, num_slots, hidden_size, dtype, backend, codec)
         self.lane = Lane(transport, self.layer, backend)
 
-    def plan(self, slot_ids_TK: Tensor, checked: bool = False) -> DispatchPlan:
+    def plan(self, slot_ids_TK: Tensor, weights_TK: Tensor | None = None, *, checked: bool = False) -> DispatchPlan:
         """Where each (token, k) goes, from slot ids int64 [T, K] in 0..P-1 or -1 for no expert; T may differ by rank.
 
         In a world of one, on the triton backend and without gradients, the plan is made on the device, the host does
         not wait for it, and an id out of range is no expert, unless `checked`. Otherwise ConfigError is raised for one.
-        Raises PlanMismatch where ranks are not in the same exchange.
+        Raises PlanMismatch where ranks are not in the same exchange. Weights have no use here, only where sums are
+        remote.
         """
-        return self.plans([slot_ids_TK], checked)[0]
+        return self.plans([slot_ids_TK], checked=checked)[0]
 
-    def plans(self, parts: Sequence[Tensor], checked: bool = False) -> list[DispatchPlan]:
+    def plans(
+        self, parts: Sequence[Tensor], weights: Sequence[Tensor] | None = None, *, checked: bool = False
+    ) -> list[DispatchPlan]:
         """`plan` of several exchanges, equally many on all ranks, with one gather of counts."""
         if self.transport.world_size == 1:
             return [self._plan_alone(slot_ids_TK, checked) for slot_ids_TK in parts]
@@ -87,11 +90,11 @@ class Dispatcher(ExchangeForm):
         ]
         gathered = gather_agreed(self.transport, header, list(chain.from_iterable(counts)), phase)
         length = len(counts[0])
-        pending = []
+        planned = []
         for number, (going, want) in enumerate(zip(outgoing, wanted, strict=True)):
             of_part = [values[number * length : (number + 1) * length] for values in gathered]
-            pending.append(self._complete(going, want, of_part, step + number))
-        return [plan.wait() for plan in pending]
+            planned.append(self._complete(going, want, of_part, step + number))
+        return with_once(planned, self.lane)
 
     def _plan_alone(self, slot_ids_TK: Tensor, checked: bool) -> DispatchPlan:
         check_form(slot_ids_TK)
@@ -103,22 +106,20 @@ class Dispatcher(ExchangeForm):
         outgoing = plan_outgoing(slot_ids_TK, self.num_slots)
         return complete_plan(outgoing, [outgoing.counts_P], 0, self.step, self.sender)
 
-    def _complete(
-        self, outgoing: Outgoing, wanted: Wanted, gathered: list[list[int]], step: int
-    ) -> Pending[DispatchPlan]:
+    def _complete(self, outgoing: Outgoing, wanted: Wanted, gathered: list[list[int]], step: int) -> Planned:
         """One exchange's plan, from its counts of every rank."""
         rank, slots = self.transport.rank, self.num_slots
         plan = complete_plan(outgoing, [values[:slots] for values in gathered], rank, step, self.sender)
         if not is_worth_it(sum(values[-1] for values in gathered), self.transport.world_size, self.row_bytes):
-            return Done(plan)
-        return with_once(plan, wanted, [values[slots + rank] for values in gathered], self.lane)
+            return Planned(plan)
+        return Planned(plan, wanted, tuple(values[slots + rank] for values in gathered))
 
-    def dispatch(self, x_TD: Tensor, plan: DispatchPlan, weights_TK: Tensor | None = None) -> Inbound:
+    def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> Inbound:
         """Sends x[t] to each slot chosen for t. Differentiable. Raises ConfigError for another shape or dtype."""
-        return self.dispatch_async(x_TD, plan, weights_TK).wait()
+        return self.dispatch_async(x_TD, plan).wait()
 
-    def dispatch_async(self, x_TD: Tensor, plan: DispatchPlan, weights_TK: Tensor | None = None) -> Pending[Inbound]:
-        """The same, started: other work can run before `wait`. Weights have no use here, only where sums are remote."""
+    def dispatch_async(self, x_TD: Tensor, plan: DispatchPlan) -> Pending[Inbound]:
+        """The same, started: other work can run before `wait`."""
         self.check_rows("x_TD", x_TD, len(plan.outgoing.position_TK))
         wanted = need_gradient(x_TD)
         _check_device_plan(plan, wanted)

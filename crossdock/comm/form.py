@@ -14,6 +14,7 @@ from crossdock.comm.agreement import DTYPES, HIERARCHIES, MODES, Header
 from crossdock.comm.codec import Codec
 from crossdock.comm.explain import Sender
 from crossdock.comm.inbound import Inbound
+from crossdock.comm.plan import check_weights
 from crossdock.comm.transport import Pending, Transport
 from crossdock.errors import ConfigError
 
@@ -24,13 +25,15 @@ class Exchange(Protocol):
     @property
     def transport(self) -> Transport: ...
 
-    def plan(self, slot_ids_TK: Tensor, checked: bool = False) -> Any: ...
+    def plan(self, slot_ids_TK: Tensor, weights_TK: Tensor | None = None, *, checked: bool = False) -> Any: ...
 
-    def plans(self, parts: Sequence[Tensor], checked: bool = False) -> list[Any]: ...
+    def plans(
+        self, parts: Sequence[Tensor], weights: Sequence[Tensor] | None = None, *, checked: bool = False
+    ) -> list[Any]: ...
 
-    def dispatch(self, x_TD: Tensor, plan: Any, weights_TK: Tensor | None = None) -> Inbound: ...
+    def dispatch(self, x_TD: Tensor, plan: Any) -> Inbound: ...
 
-    def dispatch_async(self, x_TD: Tensor, plan: Any, weights_TK: Tensor | None = None) -> Pending[Inbound]: ...
+    def dispatch_async(self, x_TD: Tensor, plan: Any) -> Pending[Inbound]: ...
 
     def combine(self, out_RD: Tensor, weights_TK: Tensor, inbound: Any, plus_TD: Tensor | None = None) -> Tensor: ...
 
@@ -66,7 +69,7 @@ class ExchangeForm:
         self.layer = transport.register()
         self.step = 0
 
-    def header(self, experts_per_token: int, together: int = 1) -> Header:
+    def header(self, experts_per_token: int, together: int = 1, with_weights: bool = False) -> Header:
         """Of the last `together` exchanges, which were planned together."""
         return Header(
             HIERARCHIES.index(self.hierarchy),
@@ -79,6 +82,7 @@ class ExchangeForm:
             DTYPES.index(self.dtype),
             self.row_bytes,
             experts_per_token,
+            int(with_weights),
         )
 
     def encoded(self, x_TD: Tensor) -> Tensor:
@@ -96,12 +100,8 @@ class ExchangeForm:
     ) -> None:
         """Raises ConfigError for another shape, dtype or device."""
         self.check_rows("out_RD", out_RD, rows)
-        if tuple(weights_TK.shape) != expected:
-            raise ConfigError(f"weights_TK must have shape {expected}, found {tuple(weights_TK.shape)}")
+        check_weights(weights_TK, expected, out_RD.device)
         if plus_TD is not None:
             self.check_rows("plus_TD", plus_TD, len(weights_TK))
-        for name, tensor in (("weights_TK", weights_TK), ("plus_TD", plus_TD)):
-            if tensor is not None and tensor.device != out_RD.device:
-                raise ConfigError(f"{name} is on {tensor.device}, but out_RD is on {out_RD.device}")
-        if not weights_TK.dtype.is_floating_point:
-            raise ConfigError(f"weights_TK must be of a floating dtype, found {weights_TK.dtype}")
+            if plus_TD.device != out_RD.device:
+                raise ConfigError(f"plus_TD is on {plus_TD.device}, expected {out_RD.device}")

@@ -32,11 +32,11 @@ from crossdock.comm.codec import Codec
 from crossdock.comm.combine import need_gradient, weigh
 from crossdock.comm.form import ExchangeForm
 from crossdock.comm.inbound import Inbound, decode, receive
-from crossdock.comm.lane import Kept, Lane, by_slot
-from crossdock.comm.node_plan import NodePlan, order, place, plan_over_nodes
+from crossdock.comm.lane import Lane, by_slot
+from crossdock.comm.node_plan import NodePlan, Part, order, place, plan_over_nodes
 from crossdock.comm.places import Choices, Counts, Places
-from crossdock.comm.plan import DispatchPlan, check_form, check_slots
-from crossdock.comm.transport import Pending, Then, Transport
+from crossdock.comm.plan import DispatchPlan, check_form, check_slots, check_weights
+from crossdock.comm.transport import Done, Pending, Then, Transport
 from crossdock.errors import ConfigError
 
 RAIL, NODE = " between nodes", " inside the node"
@@ -44,16 +44,14 @@ RAIL, NODE = " between nodes", " inside the node"
 
 @dataclass(frozen=True)
 class NodeInbound(Inbound):
-    """All rows of this rank, near and far; its plan is a NodePlan. far_weights_AK where weights came with the rows."""
-
-    far_weights_AK: Pending[Tensor] | None = None
+    """All rows of this rank, near and far; its plan is a NodePlan."""
 
 
 class HierarchicalDispatcher(ExchangeForm):
     """The same calls as `Dispatcher`, for ranks on several nodes, equally many on each.
 
-    `dispatch` takes the weights where they are known: they travel with the rows, and `combine` must then get the same.
-    Otherwise combine sends them. Making one is a collective. Raises ConfigError for unequal nodes, and PlanMismatch
+    `plan` takes the weights where they are known: they travel with it, and `combine` must then get the same. Otherwise
+    combine sends them. Making one is a collective. Raises ConfigError for unequal nodes, and PlanMismatch
     where ranks differ in what they make.
     """
 
@@ -80,14 +78,18 @@ class HierarchicalDispatcher(ExchangeForm):
         self.rail = Lane(rail, self.layer, backend, RAIL)
         self.node = Lane(node, self.layer, backend, NODE)
 
-    def plan(self, slot_ids_TK: Tensor, checked: bool = False) -> NodePlan:
-        """As `Dispatcher.plan`; ids are always checked. A collective of all ranks."""
-        return self.plans([slot_ids_TK], checked)[0]
+    def plan(self, slot_ids_TK: Tensor, weights_TK: Tensor | None = None, *, checked: bool = False) -> NodePlan:
+        """As `Dispatcher.plan`; ids are always checked. A collective of all ranks, with weights on all or none."""
+        return self.plans([slot_ids_TK], None if weights_TK is None else [weights_TK], checked=checked)[0]
 
-    def plans(self, parts: Sequence[Tensor], checked: bool = False) -> list[NodePlan]:
+    def plans(
+        self, parts: Sequence[Tensor], weights: Sequence[Tensor] | None = None, *, checked: bool = False
+    ) -> list[NodePlan]:
         """`plan` of several exchanges, equally many on all ranks, with one gather of counts."""
         for slot_ids_TK in parts:
             check_form(slot_ids_TK)
+        for slot_ids_TK, weights_TK in zip(parts, weights or (), strict=weights is not None):
+            check_weights(weights_TK, tuple(slot_ids_TK.shape), slot_ids_TK.device)
         ids = [slot_ids_TK.cpu().numpy() for slot_ids_TK in parts]
         for slot_ids in ids:
             check_slots(slot_ids, self.num_slots)
@@ -95,26 +97,24 @@ class HierarchicalDispatcher(ExchangeForm):
         self.step += len(parts)
         choices = [Choices(slot_ids, self.places) for slot_ids in ids]
         counts = [count for choice in choices for count in choice.counts()]
-        header = self.header(parts[0].shape[1], len(parts))
+        header = self.header(parts[0].shape[1], len(parts), weights is not None)
         phase = f"plan of exchange {first} in MoE layer {self.layer}"
         if first == 1:  # afterwards equally many counts are gathered
             gather_agreed(self.transport, header, [], phase)
         gathered = Counts.split(gather_agreed(self.transport, header, counts, phase), self.num_slots, len(parts))
         lanes = self.rail, self.node
-        starts = [
-            plan_over_nodes(choice, of_part, lanes, first + number, self.sender, device)
-            for number, (choice, of_part) in enumerate(zip(choices, gathered, strict=True))
-        ]
-        return [plan.wait() for plan in [start.wait() for start in starts]]
+        known = [None] * len(parts) if weights is None else [weights_TK.float() for weights_TK in weights]
+        planned = [Part(*part) for part in zip(choices, known, gathered, strict=True)]
+        return plan_over_nodes(planned, lanes, first, self.sender, device)
 
-    def dispatch(self, x_TD: Tensor, plan: NodePlan, weights_TK: Tensor | None = None) -> NodeInbound:
+    def dispatch(self, x_TD: Tensor, plan: NodePlan) -> NodeInbound:
         """Sends x[t] to each slot chosen for t. Differentiable. Raises ConfigError for another shape or dtype."""
-        return self.dispatch_async(x_TD, plan, weights_TK).wait()
+        return self.dispatch_async(x_TD, plan).wait()
 
-    def dispatch_async(self, x_TD: Tensor, plan: NodePlan, weights_TK: Tensor | None = None) -> "Arriving":
+    def dispatch_async(self, x_TD: Tensor, plan: NodePlan) -> "Arriving":
         """The same, started: other work can run before `wait`, or between what `portions` gives."""
         self.check_rows("x_TD", x_TD, len(plan.near.outgoing.position_TK))
-        return Arriving(self, x_TD, plan, weights_TK)
+        return Arriving(self, x_TD, plan)
 
     def combine(self, out_RD: Tensor, weights_TK: Tensor, inbound: Inbound, plus_TD: Tensor | None = None) -> Tensor:
         """y[t] = sum over nodes, ascending, of the sums over k in each (+ plus[t]) -> [T, D] in out's dtype.
@@ -133,7 +133,7 @@ class HierarchicalDispatcher(ExchangeForm):
             raise ConfigError("combine must get what this form of the exchange dispatched, found rows of another form")
         expected = tuple(plan.near.outgoing.position_TK.shape)
         self.check_combine(out_RD, len(plan.merge_R), weights_TK, expected, plus_TD)
-        returning = Returning(self, plan, weights_TK, inbound.far_weights_AK, plus_TD)
+        returning = Returning(self, plan, weights_TK, plus_TD)
         if need_gradient(out_RD, weights_TK, plus_TD):
             returning.send("far", out_RD.index_select(0, plan.places_R[plan.near_rows :]), plan.far)
             returning.send("near", out_RD.index_select(0, plan.places_R[: plan.near_rows]), plan.near)
@@ -146,10 +146,8 @@ class HierarchicalDispatcher(ExchangeForm):
         """Each far row's weights, float32 [A, K], to the rank where it enters the node; differentiable."""
         weights_TK = weights_TK.float()
         crossing = self.rail.tokens(weights_TK, plan.outer, "weights")
-        arriving = Then(lambda: by_slot(crossing.wait(), plan.outer))
-        if not need_gradient(weights_TK):
-            return Kept(arriving)
-        return Kept(Then(lambda: self.rail.tracked(weights_TK, arriving, plan.outer, "weights")))
+        arrived = Then(lambda: by_slot(crossing.wait(), plan.outer))
+        return Then(lambda: self.rail.followed(weights_TK, arrived.wait(), plan.outer, "weights"))
 
 
 _PARTS: WeakKeyDictionary[Transport, tuple[Transport, Transport]] = WeakKeyDictionary()
@@ -174,11 +172,10 @@ class Legs:
 class Arriving(Legs):
     """Rows under way in two legs: over the rail, then inside the node. `advance` starts the second."""
 
-    def __init__(self, form: HierarchicalDispatcher, x_TD: Tensor, plan: NodePlan, weights_TK: Tensor | None) -> None:
+    def __init__(self, form: HierarchicalDispatcher, x_TD: Tensor, plan: NodePlan) -> None:
         self.form, self.x_TD, self.plan = form, x_TD, plan
         wire_TX = form.encoded(x_TD)
         self._crossing = form.rail.tokens(wire_TX, plan.outer)
-        self.far_weights_AK = None if weights_TK is None else form.send_weights(weights_TK, plan)
         self._near = form.node.tokens(wire_TX, plan.near)
         self._far: Pending[Tensor] | None = None
         self._far_x_AD = x_TD  # once they are here: far rows, as a function of x
@@ -202,23 +199,23 @@ class Arriving(Legs):
 
     def wait(self) -> NodeInbound:
         """All rows, by (slot, near or far, source rank, token, k)."""
-        plan, codec, weights = self.plan, self.form.codec, self.far_weights_AK
+        plan, codec = self.plan, self.form.codec
         if need_gradient(self.x_TD):
             near = self._receive_near()
             self.advance()
             rows_RD = torch.cat([near.rows_RD, self._receive_far().rows_RD]).index_select(0, plan.merge_R)
-            return NodeInbound(rows_RD, plan.ends_L, plan, far_weights_AK=weights)
+            return NodeInbound(rows_RD, plan.ends_L, plan)
         takes_codes = codec is not None and not codec.decode_on_arrival
         if self.x_TD.device.type == "cpu" and not takes_codes:
-            return NodeInbound(self._placed(), plan.ends_L, plan, far_weights_AK=weights)
+            return NodeInbound(self._placed(), plan.ends_L, plan)
         self.advance()
         near_UX, far_UX = self._near.wait(), self._arrived_far()
         ids_R = torch.cat([order(near_UX, plan.near), order(far_UX, plan.far) + len(near_UX)])
         rows_UX, ids_R = torch.cat([near_UX, far_UX]), ids_R.index_select(0, plan.merge_R)
         if takes_codes:
-            return NodeInbound(rows_UX, plan.ends_L, plan, ids_R, codec, self.x_TD.dtype, weights)
+            return NodeInbound(rows_UX, plan.ends_L, plan, ids_R, codec, self.x_TD.dtype)
         rows_RD = decode(rows_UX, codec, self.x_TD.dtype).index_select(0, ids_R)
-        return NodeInbound(rows_RD, plan.ends_L, plan, far_weights_AK=weights)
+        return NodeInbound(rows_RD, plan.ends_L, plan)
 
     def _placed(self) -> Tensor:
         """Each row copied once, to its place, the near ones while the far ones are under way; for CPUs."""
@@ -250,11 +247,11 @@ class Returning(Legs):
         form: HierarchicalDispatcher,
         plan: NodePlan,
         weights_TK: Tensor,
-        far_weights_AK: Pending[Tensor] | None,
         plus_TD: Tensor | None,
     ) -> None:
         self.form, self.plan, self.weights_TK, self.plus_TD = form, plan, weights_TK, plus_TD
-        self._far_weights_AK = far_weights_AK or form.send_weights(weights_TK, plan)
+        known = plan.far_weights_AK
+        self._far_weights_AK = form.send_weights(weights_TK, plan) if known is None else Done(known)
         self._inside: dict[str, Pending[Tensor]] = {}
         self._crossing: Pending[Tensor] | None = None
 

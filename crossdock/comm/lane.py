@@ -9,11 +9,11 @@ sum with weights of one, and that of `back` is a send.
 Legend: T tokens, D hidden, X width of a row as it travels, S rows sent, R rows received, U rows sent once a rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -48,17 +48,27 @@ class Lane:
         token_S = plan.outgoing.order_S.div(plan.outgoing.position_TK.shape[1], rounding_mode="floor")
         return self.rows(x_TX.detach().index_select(0, token_S), plan, what)
 
-    def integers(self, array_SN: npt.NDArray[np.int32], plan: DispatchPlan, what: str) -> Pending[Tensor]:
-        """`rows` of an array, on the plan's device. Copied: numpy's empty arrays have strides torch cannot view."""
-        rows_SN = torch.from_numpy(array_SN).clone(memory_format=torch.contiguous_format)
-        return self.rows(rows_SN.to(plan.ends_L.device), plan, what)
-
     def rows(self, rows_SX: Tensor, plan: DispatchPlan, what: str) -> Pending[Tensor]:
         """Rows in send order -> as they arrive, one for each (token, k)."""
         if self.transport.world_size == 1:
             return Done(rows_SX)
         phase = self.phase(what, plan.step)
         return self.transport.all_to_all_rows(rows_SX, plan.send_counts, plan.recv_counts, phase)
+
+    def together(self, rows: Sequence[Tensor], plans: Sequence[DispatchPlan], what: str) -> Pending[list[Tensor]]:
+        """`rows` of several plans, alike in width and dtype, in one exchange: those for a rank lie by plan."""
+        split = [torch.split(rows_SX, plan.send_counts) for rows_SX, plan in zip(rows, plans, strict=True)]
+        rows_SX = torch.cat([piece for pieces in zip(*split, strict=True) for piece in pieces])
+        sends = [sum(counts) for counts in zip(*(plan.send_counts for plan in plans), strict=True)]
+        lengths_WC = list(zip(*(plan.recv_counts for plan in plans), strict=True))
+        receives, phase = [sum(lengths) for lengths in lengths_WC], self.phase(what, plans[0].step)
+        arriving = self.transport.all_to_all_rows(rows_SX, sends, receives, phase)
+
+        def finish() -> list[Tensor]:
+            pieces = torch.split(arriving.wait(), list(chain.from_iterable(lengths_WC)))
+            return [torch.cat(pieces[number :: len(plans)]) for number in range(len(plans))]
+
+        return Then(finish)
 
     def back(self, out_RD: Tensor, plan: DispatchPlan, anchor: Tensor | None = None) -> Pending[Tensor]:
         """Rows by slot -> rows in send order on the ranks they came from.
@@ -79,6 +89,10 @@ class Lane:
         phase = self.phase(what, plan.step)
         return self.transport.all_to_all_rows(rows_RD, plan.recv_counts, plan.send_counts, phase)
 
+    def followed(self, x_TD: Tensor, arrived: Tensor, plan: DispatchPlan, what: str) -> Tensor:
+        """What has arrived by slot, as a differentiable function of x where x needs a gradient."""
+        return self.tracked(x_TD, Done(arrived), plan, what) if need_gradient(x_TD) else arrived
+
     def tracked(self, x_TD: Tensor, by_slot_R: Pending[Tensor], plan: DispatchPlan, what: str = "dispatch") -> Tensor:
         """What `tokens` brought, by slot and in x's dtype, as a differentiable function of x."""
         rows_RD: Tensor = _Sent.apply(x_TD, self, plan, what, by_slot_R)  # type: ignore[no-untyped-call]
@@ -88,19 +102,6 @@ class Lane:
 def by_slot(arrived: Tensor, plan: DispatchPlan) -> Tensor:
     """What `tokens` brought, in the order by slot."""
     return arrived if plan.order_R is None else arrived.index_select(0, plan.order_R)
-
-
-class Kept:
-    """A Pending that can be waited for again."""
-
-    def __init__(self, pending: Pending[Tensor]) -> None:
-        self._pending = pending
-        self._value: Tensor | None = None
-
-    def wait(self) -> Tensor:
-        if self._value is None:
-            self._value = self._pending.wait()
-        return self._value
 
 
 class _Sent(torch.autograd.Function):

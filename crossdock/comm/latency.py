@@ -107,12 +107,13 @@ class LatencyDispatcher(ExchangeForm):
         self._top_k = 0
         self._agreed = False
 
-    def plan(self, slot_ids_TK: Tensor, checked: bool = False) -> LatencyPlan:
+    def plan(self, slot_ids_TK: Tensor, weights_TK: Tensor | None = None, *, checked: bool = False) -> LatencyPlan:
         """The order of this rank's rows, from slot ids int64 [T, K] in 0..P-1 or -1 for no expert.
 
         Purely local but for the first call, a collective in which ranks agree about their options. On a GPU an id out
         of range is no expert unless `checked`, which waits for the device. Raises ConfigError for one, for another
-        shape and for another K than before, and PlanMismatch where ranks do not agree.
+        shape and for another K than before, and PlanMismatch where ranks do not agree. Weights have no use before
+        combine.
         """
         check_form(slot_ids_TK)
         top_k, on_host = slot_ids_TK.shape[1], slot_ids_TK.device.type == "cpu"
@@ -129,18 +130,18 @@ class LatencyDispatcher(ExchangeForm):
         outgoing, starts_P1 = Outgoing(order_N, position_TK, []), F.pad(ends_P, (1, 0))
         return LatencyPlan(outgoing, [], [], ends_P[:0], None, None, self.step, token_N, starts_P1=starts_P1)
 
-    def plans(self, parts: Sequence[Tensor], checked: bool = False) -> list[LatencyPlan]:
+    def plans(
+        self, parts: Sequence[Tensor], weights: Sequence[Tensor] | None = None, *, checked: bool = False
+    ) -> list[LatencyPlan]:
         """`plan` of several exchanges."""
-        return [self.plan(slot_ids_TK, checked) for slot_ids_TK in parts]
+        return [self.plan(slot_ids_TK, checked=checked) for slot_ids_TK in parts]
 
-    def dispatch(self, x_TD: Tensor, plan: LatencyPlan, weights_TK: Tensor | None = None) -> LatencyInbound:
+    def dispatch(self, x_TD: Tensor, plan: LatencyPlan) -> LatencyInbound:
         """Sends x[t] to each slot chosen for t, and receives. Raises ConfigError for another shape or dtype."""
-        return self.dispatch_async(x_TD, plan, weights_TK).wait()
+        return self.dispatch_async(x_TD, plan).wait()
 
-    def dispatch_async(
-        self, x_TD: Tensor, plan: LatencyPlan, weights_TK: Tensor | None = None
-    ) -> Pending[LatencyInbound]:
-        """The same in two: this sends, `wait` receives. Weights have no use before combine."""
+    def dispatch_async(self, x_TD: Tensor, plan: LatencyPlan) -> Pending[LatencyInbound]:
+        """The same in two: this sends, `wait` receives."""
         self.check_rows("x_TD", x_TD, len(plan.outgoing.position_TK))
         _check_no_gradient(x_TD)
         tracks = self._made()

@@ -13,9 +13,11 @@ nodes, S rows sent over the rail, R rows by slot.
                                                 rank 1            rank 3
 
 One gather over all ranks gives every count that these plans need (`places`), and says who disagrees. The slots that a
-token chose in another node travel with the plan, K integers for each row that will cross.
+token chose in another node travel with the plan, K integers for each row that will cross, and so do its weights where
+they are known.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,17 +27,17 @@ from torch import Tensor
 
 from crossdock.comm.explain import Hop, Sender, Traffic, plain_hops
 from crossdock.comm.lane import Lane
-from crossdock.comm.once import is_worth_it, with_once
+from crossdock.comm.once import Planned, is_worth_it, with_once
 from crossdock.comm.places import Choices, Counts
 from crossdock.comm.plan import DispatchPlan, Integers, Outgoing, by_slot, complete_plan, plan_once, plan_outgoing
-from crossdock.comm.transport import Done, Pending, Then
 
 
 @dataclass(frozen=True)
 class NodePlan:
     """`home` adds up what comes back to this rank: rows are its near sums [T], then what returned over the rail.
 
-    `direct` are the rows that this rank would send to each rank, and get from it, without nodes.
+    `direct` are the rows that this rank would send to each rank, and get from it, without nodes. far_weights_AK
+    (float32) are the weights of the rows that arrive, where the plan was made with weights.
     """
 
     outer: DispatchPlan
@@ -45,6 +47,7 @@ class NodePlan:
     step: int
     direct: tuple[list[int], list[int]]
     sender: Sender
+    far_weights_AK: Tensor | None = None
 
     def explain(self) -> Traffic:
         """What this rank sends, before and after."""
@@ -112,49 +115,81 @@ class NodePlan:
         return self.near.ends_L + self.far.ends_L
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of several exchanges that are planned together: this rank's choices, its weights float32 [T, K] where they
+    are known, and every rank's counts."""
+
+    choices: Choices
+    weights_TK: Tensor | None
+    counts: Counts
+
+
 def plan_over_nodes(
-    choices: Choices, counts: Counts, lanes: tuple[Lane, Lane], step: int, sender: Sender, device: torch.device
-) -> Pending[Pending[NodePlan]]:
-    """The plan, from every rank's counts, in three steps that several plans can take together.
+    parts: Sequence[Part], lanes: tuple[Lane, Lane], step: int, sender: Sender, device: torch.device
+) -> list[NodePlan]:
+    """Their plans, the first of which is exchange `step`.
 
-    A collective over rail and node, which `lanes` are over. The first step starts both and needs neither, the second
-    has what came over the rail, the third what came inside the node.
+    A collective over rail and node, which `lanes` are over, with one exchange on each: slots of the rows that will
+    cross, and their weights, then which row stands where in the node.
     """
-    (rail, inside), places = lanes, choices.places
-    going = plan_outgoing(torch.from_numpy(choices.stops_TN), places.topology.num_nodes)
-    slots_SK = choices.crossing(going.order_S.numpy())
-    going = Outgoing(going.order_S.to(device), going.position_TK.to(device), going.counts_P)
-    outer = complete_plan(going, counts.over_rail(places), rail.transport.rank, step)
-    arriving = rail.integers(slots_SK, outer, "plan")
-    own_TK = torch.from_numpy(choices.on(places.node))
-    near = _plan_inside(own_TK, counts.in_node(places, False), inside, step, sender.row_bytes, device)
+    rail, node = lanes
+    outer = [_plan_over_rail(part, rail, step + number, device) for number, part in enumerate(parts)]
+    crossing = [_what_crosses(part, plan) for part, plan in zip(parts, outer, strict=True)]
+    arriving = rail.together(crossing, outer, "plan")
+    top_k = parts[0].choices.slot_ids_TK.shape[1]
+    near_ids = [torch.from_numpy(part.choices.on(part.choices.places.node)) for part in parts]
+    near = [
+        _plan_inside(*some, False, node, sender.row_bytes, device) for some in zip(near_ids, parts, outer, strict=True)
+    ]
+    arrived = arriving.wait()
+    far_ids = [arrived_AX[:, :top_k].cpu().to(torch.int64) for arrived_AX in arrived]
+    far = [
+        _plan_inside(*some, True, node, sender.row_bytes, device) for some in zip(far_ids, parts, outer, strict=True)
+    ]
+    inside = with_once([*near, *far], node)
+    plans = []
+    for number, part in enumerate(parts):
+        places, home = part.choices.places, _home(outer[number].outgoing, part.choices.places.node)
+        far_weights = None
+        if part.weights_TK is not None:
+            weights_AK = arrived[number][:, top_k:].contiguous().view(torch.float32)
+            far_weights = rail.followed(part.weights_TK, weights_AK, outer[number], "weights")
+        near_plan, far_plan = inside[number], inside[len(parts) + number]
+        direct = part.counts.direct(places)
+        plans.append(NodePlan(outer[number], near_plan, far_plan, home, step + number, direct, sender, far_weights))
+    return plans
 
-    def arrived() -> Pending[NodePlan]:
-        far_AK = arriving.wait().cpu().to(torch.int64)
-        far = _plan_inside(far_AK, counts.in_node(places, True), inside, step, sender.row_bytes, device)
-        home, direct = _home(outer.outgoing, places.node), counts.direct(places)
-        return Then(lambda: NodePlan(outer, near.wait(), far.wait(), home, step, direct, sender))
 
-    return Then(arrived)
+def _plan_over_rail(part: Part, rail: Lane, step: int, device: torch.device) -> DispatchPlan:
+    places = part.choices.places
+    going = plan_outgoing(torch.from_numpy(part.choices.stops_TN), places.topology.num_nodes, device)
+    return complete_plan(going, part.counts.over_rail(places), rail.transport.rank, step)
+
+
+def _what_crosses(part: Part, outer: DispatchPlan) -> Tensor:
+    """int32 [S, K or 2K]: the slots that each row sent over the rail is for, then its weights, as they are."""
+    order_S = outer.outgoing.order_S
+    slots_SK = torch.from_numpy(part.choices.crossing(order_S.cpu().numpy())).to(order_S.device)
+    if part.weights_TK is None:
+        return slots_SK
+    token_S = order_S.div(outer.outgoing.position_TK.shape[1], rounding_mode="floor")
+    weights_SK = part.weights_TK.detach().index_select(0, token_S)
+    return torch.cat([slots_SK, weights_SK.view(torch.int32)], 1)
 
 
 def _plan_inside(
-    ids_TK: Tensor,
-    counts: tuple[Integers, Integers],
-    lane: Lane,
-    step: int,
-    row_bytes: int,
-    device: torch.device,
-) -> Pending[DispatchPlan]:
+    ids_TK: Tensor, part: Part, outer: DispatchPlan, is_far: bool, lane: Lane, row_bytes: int, device: torch.device
+) -> Planned:
     """A flat plan of a node for the rows that ids_TK gives slots in the node."""
-    slots_MP, once_MM = counts
-    transport, size = lane.transport, lane.transport.world_size
+    slots_MP, once_MM = part.counts.in_node(part.choices.places, is_far)
+    rank, size = lane.transport.rank, lane.transport.world_size
     outgoing = plan_outgoing(ids_TK, slots_MP.shape[1], device)
-    plan = complete_plan(outgoing, slots_MP.tolist(), transport.rank, step)
+    plan = complete_plan(outgoing, slots_MP.tolist(), rank, outer.step)
     saved_MM = slots_MP.reshape(size, size, -1).sum(-1) - once_MM
     if not is_worth_it(int(saved_MM.sum() - np.trace(saved_MM)), size, row_bytes):
-        return Done(plan)
-    return with_once(plan, plan_once(outgoing, size), once_MM[:, transport.rank].tolist(), lane)
+        return Planned(plan)
+    return Planned(plan, plan_once(outgoing, size), tuple(once_MM[:, rank].tolist()))
 
 
 def _restored_from(plan: DispatchPlan, places_R: Tensor) -> DispatchPlan:

@@ -106,6 +106,16 @@ def check_form(slot_ids_TK: Tensor) -> None:
         raise ConfigError(f"slot_ids must be int64 [T, K] with K at least 1, found {found}")
 
 
+def check_weights(weights_TK: Tensor, expected: tuple[int, ...], device: torch.device) -> None:
+    """Raises ConfigError for another shape, a dtype that is not floating, or another device."""
+    if tuple(weights_TK.shape) != expected:
+        raise ConfigError(f"weights_TK must have shape {expected}, found {tuple(weights_TK.shape)}")
+    if not weights_TK.dtype.is_floating_point:
+        raise ConfigError(f"weights_TK must be of a floating dtype, found {weights_TK.dtype}")
+    if weights_TK.device != device:
+        raise ConfigError(f"weights_TK is on {weights_TK.device}, expected {device}")
+
+
 def plan_outgoing(slot_ids_TK: Tensor, num_slots: int, device: torch.device | None = None) -> Outgoing:
     """Orders this rank's rows, on `device` (the ids' own). Raises ConfigError for an id outside -1..P-1.
 
@@ -200,8 +210,9 @@ def plan_once(outgoing: Outgoing, world_size: int) -> Wanted:
     return Wanted(token_U, counts_W.tolist(), index_S.astype(np.int32), rows_W - counts_W)
 
 
-def once_each(plan: DispatchPlan, wanted: Wanted, recv_counts: list[int], index_R: npt.NDArray[np.int32]) -> OnceEach:
-    """What dispatch needs of it: index_R are the other ranks' index_S for this one, by source."""
+def once_each(plan: DispatchPlan, wanted: Wanted, recv_counts: list[int], index_R1: Tensor) -> OnceEach:
+    """What dispatch needs of it: index_R1 are the other ranks' index_S for this one, by source."""
+    index_R = index_R1.squeeze(1).cpu().numpy()
     begins_W = np.cumsum([0, *recv_counts[:-1]])
     row_R = torch.from_numpy(index_R + np.repeat(begins_W, plan.recv_counts))
     device = plan.ends_L.device

@@ -229,7 +229,7 @@ class MoELayer(nn.Module):
         with self.recorder.span("plan"):
             plan = self.dispatcher.plan(slot_ids_TK)
         with self.recorder.span("send"):
-            inbound = self.dispatcher.dispatch(x_TD, plan, weights_TK)
+            inbound = self.dispatcher.dispatch(x_TD, plan)
         shared_TD = self._share(x_TD, codes)
         with self.recorder.span("experts"):
             out_RD = self.experts(inbound)

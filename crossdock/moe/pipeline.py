@@ -80,7 +80,7 @@ class Flow:
         self._dispatcher, self._place, self._pace = pipeline.dispatcher, pipeline.place, pipeline.pace
         self._recorder, self._chunks, self._top_k = pipeline.recorder, chunks, slot_ids_TK.shape[1]
         self._x, self._weights = _divide(x_TD, chunks), _divide(weights_TK, chunks)
-        self._plans = self._dispatcher.plans(_divide(slot_ids_TK, chunks))
+        self._plans = self._dispatcher.plans(_divide(slot_ids_TK, chunks), self._weights)
         self._arriving: deque[Pending[Inbound]] = deque()
         self._returning: list[Pending[Tensor]] = []
         self._sent = 0
@@ -94,11 +94,9 @@ class Flow:
             self._send()
 
     def _send(self) -> None:
-        x_TD, weights_TK, plan = self._x[self._sent], self._weights[self._sent], self._plans[self._sent]
+        x_TD, plan = self._x[self._sent], self._plans[self._sent]
         with self._recorder.span("send"):
-            self._arriving.append(
-                self._place.start(lambda: self._dispatcher.dispatch_async(x_TD, plan, weights_TK), x_TD, weights_TK)
-            )
+            self._arriving.append(self._place.start(lambda: self._dispatcher.dispatch_async(x_TD, plan), x_TD))
         self._sent += 1
 
     def __iter__(self) -> Iterator[Inbound]:
@@ -150,9 +148,7 @@ class Flow:
                 lambda: dispatcher.combine_async(out_RD, weights_TK, inbound, plus), out_RD, weights_TK, plus
             )
         assert isinstance(arriving, Arriving) and isinstance(dispatcher, HierarchicalDispatcher)
-        returning = self._place.start(
-            lambda: Returning(dispatcher, arriving.plan, weights_TK, arriving.far_weights_AK, plus), weights_TK, plus
-        )
+        returning = self._place.start(lambda: Returning(dispatcher, arriving.plan, weights_TK, plus), weights_TK, plus)
         self._return_portion(returning, "near", out_RD)
         return returning
 

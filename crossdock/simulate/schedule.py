@@ -18,7 +18,7 @@ from crossdock.errors import ConfigError
 from crossdock.simulate.cluster import Cluster
 from crossdock.simulate.cost import COMPUTE, Costs, Load, Stage
 from crossdock.simulate.shape import LayerShape
-from crossdock.simulate.stages import FlatStages, NodeStages
+from crossdock.simulate.stages import FlatStages, NodeStages, index_together, slots_together
 from crossdock.simulate.timeline import Job
 from crossdock.simulate.traffic import Traffic
 
@@ -113,16 +113,20 @@ def _write(writer: "_Writer", forms: Sequence[FlatStages | NodeStages], shared: 
 
 
 def _write_plans(writer: "_Writer", forms: Sequence[FlatStages | NodeStages]) -> None:
-    """The order of `plans` of comm's dispatchers: one gather for all chunks, and each step's exchanges together."""
+    """The order of `plans` of comm's dispatchers: one gather and one exchange of each kind for all chunks."""
     for chunk, form in enumerate(forms):
         writer.work(chunk, form.choose())
     writer.work(0, [forms[0].costs.gathering(forms[0].traffic.nodes)])
     for chunk, form in enumerate(forms):
         writer.work(chunk, form.plan())
+    writer.work(0, slots_together(forms))
     for chunk, form in enumerate(forms):
-        writer.go_on(chunk, "plan_far", form.plan_far())
-    for chunk in range(len(forms)):
-        writer.wait(chunk, "send")
+        writer.work(chunk, form.plan_own())
+    writer.wait(0, "plan_far")
+    for chunk, form in enumerate(forms):
+        writer.work(chunk, form.plan_far())
+    writer.work(0, index_together(forms))
+    writer.wait(0, "send")
 
 
 def _write_portions(writer: "_Writer", form: NodeStages) -> None:

@@ -4,8 +4,9 @@ A form gives the stages between which other chunks' work can run, so that schedu
 order of `crossdock.moe.pipeline`:
 
     choose      choices are put in order; then the counts of all chunks are gathered at once
-    plan        integers that say which row is whose leave
-    plan_far    those that came over a rail are read, and what they ask for inside the node leaves
+    plan        it is found what crosses to other nodes; the slots and weights of that leave, of all chunks at once
+    plan_own    what stays is put in order
+    plan_far    and what came over; then it leaves, of all chunks at once, which row stands where
     send        rows leave; those that go over rails leave first
     place       rows of a node's own tokens are put in order by slot (and decoded)
     pass_on     rows that came over a rail go on inside the node
@@ -18,6 +19,7 @@ order of `crossdock.moe.pipeline`:
 Legend: T tokens, K experts per token, W ranks, N nodes, M ranks a node, U rows as they arrive, R rows by slot.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,11 +57,20 @@ class FlatStages:
         return [self.costs.planning("plan", self.traffic.tokens_W * self.traffic.top_k)]
 
     def plan(self) -> Stages:
-        bytes_WW = self.traffic.flat_WW * INDEX_BYTES
-        return [self.costs.exchange("index", OUTER, "plan", "send", bytes_WW)] if self._is_once else []
+        return []
+
+    def slots(self) -> Counts:
+        return 0 * self.traffic.flat_WW
+
+    def plan_own(self) -> Stages:
+        return []
 
     def plan_far(self) -> Stages:
         return []
+
+    def index(self) -> Counts:
+        """Bytes from rank to rank that say which row stands where."""
+        return self.traffic.flat_WW * INDEX_BYTES * self._is_once
 
     def send(self) -> Stages:
         costs, traffic = self.costs, self.traffic
@@ -147,25 +158,22 @@ class NodeStages:
         return [self.costs.planning("plan", self.traffic.tokens_W * self.traffic.top_k)]
 
     def plan(self) -> Stages:
-        costs, traffic = self.costs, self.traffic
-        return [
-            costs.planning("plan over nodes", traffic.tokens_W * traffic.nodes),
-            costs.exchange("slots", OUTER, "plan", "plan_far", traffic.rail_WW * (traffic.top_k * INDEX_BYTES)),
-            costs.planning("plan of the node's own", traffic.tokens_W * traffic.top_k),
-            *self._index("index", self._near),
-        ]
+        return [self.costs.planning("plan over nodes", self.traffic.tokens_W * self.traffic.nodes)]
+
+    def slots(self) -> Counts:
+        """Bytes from rank to rank that say what a row that crosses is for, and how it is weighted."""
+        return self.traffic.rail_WW * (2 * self.traffic.top_k * INDEX_BYTES)
+
+    def plan_own(self) -> Stages:
+        return [self.costs.planning("plan of the node's own", self.traffic.tokens_W * self.traffic.top_k)]
 
     def plan_far(self) -> Stages:
         arriving_W = self.traffic.rail_WW.sum(0)
-        return [
-            self.costs.planning("plan of what comes over", arriving_W * self.traffic.top_k),
-            *self._index("index of what comes over", self._far),
-        ]
+        return [self.costs.planning("plan of what comes over", arriving_W * self.traffic.top_k)]
 
-    def _index(self, name: str, inside: "Inside") -> Stages:
-        if not inside.index_WW.any():
-            return []
-        return [self.costs.exchange(name, INNER, "plan", "send", inside.index_WW * INDEX_BYTES)]
+    def index(self) -> Counts:
+        """Bytes from rank to rank that say which row stands where."""
+        return (self._near.index_WW + self._far.index_WW) * INDEX_BYTES
 
     def send(self) -> Stages:
         costs, traffic = self.costs, self.traffic
@@ -180,7 +188,6 @@ class NodeStages:
         return [
             costs.work("gather for other nodes", "dispatch", gather_W),
             over,
-            costs.exchange("weights", OUTER, "dispatch", "pass_back", rail_WW * (traffic.top_k * INDEX_BYTES)),
             costs.work("gather for the node", "dispatch", costs.gather(near_WW.sum(1), self._row)),
             costs.exchange("dispatch inside nodes", INNER, "dispatch", "place", near_WW * self._row),
         ]
@@ -250,6 +257,22 @@ def arrange(costs: Costs, name: str, arrived_W: Counts, rows_W: Counts, fp8: boo
         return costs.work(name, "dispatch", quantised_W)
     gather_W = costs.gather(rows_W, native)
     return costs.work(name, "dispatch", gather_W + costs.decode(arrived_W) if fp8 else gather_W)
+
+
+def slots_together(forms: Sequence[FlatStages | NodeStages]) -> Stages:
+    """The slots of what crosses to other nodes, of all chunks in one exchange; none where nothing can."""
+    return _together("slots", OUTER, "plan_far", forms[0].costs, [form.slots() for form in forms])
+
+
+def index_together(forms: Sequence[FlatStages | NodeStages]) -> Stages:
+    """Which row stands where, of all chunks in one exchange; none where every row travels by itself."""
+    lane = INNER if isinstance(forms[0], NodeStages) else OUTER
+    return _together("index", lane, "send", forms[0].costs, [form.index() for form in forms])
+
+
+def _together(name: str, lane: str, until: str, costs: Costs, bytes_of_chunks: list[Counts]) -> Stages:
+    bytes_WW = sum(bytes_of_chunks[1:], bytes_of_chunks[0])
+    return [costs.exchange(name, lane, "plan", until, bytes_WW)] if bytes_WW.any() else []
 
 
 def worth_once(each_WW: Counts, once_WW: Counts, row_bytes: int) -> bool:

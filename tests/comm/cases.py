@@ -107,8 +107,8 @@ def exchange(transport: Transport, case: Case, form: str = "flat") -> dict[str, 
         y_TD = flat.combine(compute(inbound), weights_TK, inbound)
     else:
         nodes = HierarchicalDispatcher(transport, slots, case.hidden, case.dtype)
-        plan = nodes.plan(ids_TK)
-        arriving = nodes.dispatch_async(x_TD, plan, None if form == "node, weights later" else weights_TK)
+        plan = nodes.plan(ids_TK, None if form == "node, weights later" else weights_TK)
+        arriving = nodes.dispatch_async(x_TD, plan)
         if form == "node in portions":
             y_TD = in_portions(nodes, arriving, weights_TK, compute)
             inbound = nodes.dispatch(x_TD, plan)
@@ -128,7 +128,7 @@ def in_portions(
     returning: Returning | None = None
     for name, portion in zip(("near", "far"), arriving.portions(), strict=True):
         out_RD = compute(portion)
-        returning = returning or Returning(nodes, arriving.plan, weights_TK, arriving.far_weights_AK, None)
+        returning = returning or Returning(nodes, arriving.plan, weights_TK, None)
         assert isinstance(portion.plan, DispatchPlan)
         returning.start(name, out_RD, portion.plan)
     assert returning is not None

@@ -114,7 +114,7 @@ def test_a_token_goes_to_a_rank_once_where_that_saves_much() -> None:
 @pytest.mark.parametrize("hierarchy", ["flat", "node"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_exchanges_can_be_planned_together(world_size: int, hierarchy: Literal["flat", "node"]) -> None:
-    """With a gather of counts for all of them, and nothing else changed."""
+    """With one exchange of each kind of integers for all of them, weights too, and nothing else changed."""
 
     def run(transport: Transport, together: bool) -> list[torch.Tensor]:
         exchange = make_dispatcher(transport, 8, 2048, torch.float32, hierarchy=hierarchy)
@@ -122,11 +122,13 @@ def test_exchanges_can_be_planned_together(world_size: int, hierarchy: Literal["
         ids_TK = torch.randint(-1, 8, (90, 6), generator=torch.Generator().manual_seed(transport.rank))
         parts = [slice(0, 60), slice(60, 60), slice(60, 90)]
         ids = [ids_TK[part] for part in parts]
-        plans = exchange.plans(ids) if together else [exchange.plan(each) for each in ids]
+        weights_TK = torch.rand(90, 6, generator=torch.Generator().manual_seed(7 + transport.rank))
+        weights = [weights_TK[part] for part in parts]
+        plans = exchange.plans(ids, weights) if together else map(exchange.plan, ids)
         found = []
         for part, plan in zip(parts, plans, strict=True):
-            inbound = exchange.dispatch(x_TD[part], plan, torch.ones(ids_TK[part].shape))
-            found += [inbound.rows_RD, exchange.combine(inbound.rows_RD, torch.ones(ids_TK[part].shape), inbound)]
+            inbound = exchange.dispatch(x_TD[part], plan)
+            found += [inbound.rows_RD, exchange.combine(inbound.rows_RD, weights_TK[part], inbound)]
         return found
 
     world = LocalWorld(world_size, topology=Topology(tuple(range(world_size))))

@@ -41,7 +41,7 @@ def one_exchange(transport: Transport, plus: bool = False) -> Tensor:
     exchange = HierarchicalDispatcher(transport, 8, 5, torch.float32)
     ids_TK = ids_of(transport.rank)
     x_TD = torch.randn(6, 5, generator=torch.Generator().manual_seed(transport.rank))
-    inbound = exchange.dispatch(x_TD, exchange.plan(ids_TK), torch.ones(6, 3))
+    inbound = exchange.dispatch(x_TD, exchange.plan(ids_TK, torch.ones(6, 3)))
     return exchange.combine(inbound.rows_RD, torch.ones(6, 3), inbound, x_TD if plus else None)
 
 
@@ -57,7 +57,6 @@ def test_far_rows_leave_first_and_a_token_crosses_to_a_node_once() -> None:
         assert [phase for phase, _ in seen] == [
             "plan between nodes",
             "dispatch between nodes",
-            "weights between nodes",
             "dispatch inside the node",  # of this node's own tokens
             "dispatch inside the node",
             "combine inside the node",
@@ -68,6 +67,15 @@ def test_far_rows_leave_first_and_a_token_crosses_to_a_node_once() -> None:
             sum(len({slot // 4 for slot in slots} - {r // 2}) for slots in ids_of(r).tolist()) for r in range(4)
         ]
         assert seen[1][1] == crossing[rank] and seen[-1][1] == crossing[(rank + 2) % 4]
+
+
+def test_a_rank_that_plans_without_weights_is_named() -> None:
+    def run(transport: Transport) -> None:
+        exchange = HierarchicalDispatcher(transport, 8, 5, torch.float32)
+        exchange.plan(ids_of(transport.rank), None if transport.rank == 2 else torch.ones(6, 3))
+
+    with pytest.raises(PlanMismatch, match="plans with weights is 0 on rank 2, expected 1 as here"):
+        LocalWorld(4, topology=TWO_BY_TWO).run(run)
 
 
 def test_all_layers_share_the_parts_of_a_transport() -> None:
@@ -92,7 +100,7 @@ def test_what_is_added_is_added_once() -> None:
 def test_legs_can_be_advanced_and_an_inbound_combined_twice() -> None:
     def run(transport: Transport) -> bool:
         exchange = HierarchicalDispatcher(transport, 8, 5, torch.float32)
-        arriving = exchange.dispatch_async(torch.ones(6, 5), exchange.plan(ids_of(transport.rank)), torch.ones(6, 3))
+        arriving = exchange.dispatch_async(torch.ones(6, 5), exchange.plan(ids_of(transport.rank), torch.ones(6, 3)))
         for _ in range(2):
             arriving.advance()
         inbound, sums = arriving.wait(), []
@@ -201,9 +209,9 @@ def test_wrong_arguments_are_named() -> None:
             exchange.combine(rows_RD, ones[:, :2], inbound)
         with pytest.raises(ConfigError, match=r"slot_ids must be in -1..7, found 8"):
             exchange.plan(torch.full((1, 3), 8))
-        arriving = exchange.dispatch_async(torch.ones(6, 5), plan, ones)
+        arriving = exchange.dispatch_async(torch.ones(6, 5), plan)
         near = next(arriving.portions())
-        returning = Returning(exchange, plan, ones, arriving.far_weights_AK, None)
+        returning = Returning(exchange, plan, ones, None)
         with pytest.raises(ConfigError, match=rf"out_RD must be torch.float32 \[{len(near.rows_RD)}, 5\], found"):
             returning.start("near", rows_RD, plan.near)
         flat = Dispatcher(LocalTransport(), 8, 5, torch.float32)

@@ -115,7 +115,7 @@ def layer(
     exchange = form(transport, SLOTS, HIDDEN, torch.bfloat16, backend, wire)
     experts = experts_for(kind, backend)
     with torch.no_grad():
-        inbound = exchange.dispatch(x_TD, exchange.plan(ids_TK), weights_TK)  # type: ignore[arg-type]
+        inbound = exchange.dispatch(x_TD, exchange.plan(ids_TK, weights_TK))  # type: ignore[arg-type]
         pieces, start = [], 0
         for local, end in enumerate(inbound.ends_L.tolist()):
             piece = one_slot(inbound, start, end)
@@ -187,7 +187,7 @@ def test_gradients_go_straight_through(nodes: tuple[int, ...]) -> None:
         hierarchy = "node" if max(nodes) else "flat"
         exchange = make_dispatcher(transport, 4, 40, torch.float32, hierarchy=hierarchy, codec=wire if coded else None)
         ids_TK = torch.tensor([[0, 1], [2, 3], [1, 2], [3, 0], [-1, 2]])
-        inbound = exchange.dispatch(x_TD, exchange.plan(ids_TK), torch.ones(5, 2))
+        inbound = exchange.dispatch(x_TD, exchange.plan(ids_TK, torch.ones(5, 2)))
         assert inbound.codec is None and inbound.rows_RD.dtype == torch.float32
         y_TD = exchange.combine(inbound.rows_RD.square(), torch.ones(5, 2), inbound)
         y_TD.sum().backward()

@@ -28,7 +28,7 @@ from crossdock.simulate import (
     count_traffic,
 )
 from crossdock.simulate.cost import Costs
-from crossdock.simulate.stages import FlatStages, NodeStages
+from crossdock.simulate.stages import FlatStages, NodeStages, index_together, slots_together
 
 PAIRS = PRESETS["h100-400g"].changed({"ranks_per_node": 2})
 
@@ -156,16 +156,15 @@ def test_bytes_are_those_that_the_dispatchers_send(hierarchy: str, wire: str, hi
         codec = Fp8Wire(hidden) if wire == "fp8" else None
         form = make_dispatcher(recording, experts, hidden, torch.bfloat16, hierarchy=hierarchy, codec=codec)  # type: ignore[arg-type]
         with torch.no_grad():
-            plan = form.plan(torch.from_numpy(ids_WTK[transport.rank]).long())
             weights_TK = torch.ones(tokens, top_k)
-            inbound = form.dispatch(torch.ones(tokens, hidden, dtype=torch.bfloat16), plan, weights_TK)
+            plan = form.plan(torch.from_numpy(ids_WTK[transport.rank]).long(), weights_TK)
+            inbound = form.dispatch(torch.ones(tokens, hidden, dtype=torch.bfloat16), plan)
             form.combine(inbound.decoded().in_order().rows_RD, weights_TK, inbound)
         return recording.sent
 
     each = LocalWorld(4, topology=Topology((0, 0, 1, 1))).run(on)
     phases = {phase for sent in each for phase in sent}
     sent = {phase: sum(found.get(phase, np.zeros((4, 4), dtype=np.int64)) for found in each) for phase in phases}
-    sent["dispatch"] = sent["dispatch"] + sent.pop("weights", 0)
     sent.setdefault("plan", np.zeros((4, 4), dtype=np.int64))
 
     traffic = counted(ids_WTK, Slots.contiguous(experts, 4), 2)
@@ -173,8 +172,8 @@ def test_bytes_are_those_that_the_dispatchers_send(hierarchy: str, wire: str, hi
     form = kind(Costs(PAIRS, LayerShape(hidden, 8, experts, top_k)), traffic, wire == "fp8")
     stages = [
         *form.choose(),
-        *form.plan(),
-        *form.plan_far(),
+        *slots_together([form]),
+        *index_together([form]),
         *form.send(),
         *form.place(),
         *form.pass_on(),

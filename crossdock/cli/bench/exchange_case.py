@@ -109,7 +109,7 @@ class Ours:
 
     def exchange(self, x_TD: Tensor, routing: Routing) -> Tensor:
         dispatcher = self.layer.dispatcher
-        inbound = dispatcher.dispatch(x_TD, dispatcher.plan(routing.expert_ids_TK), routing.weights_TK)
+        inbound = dispatcher.dispatch(x_TD, dispatcher.plan(routing.expert_ids_TK, routing.weights_TK))
         out_RD = inbound.decoded().in_order().rows_RD
         return dispatcher.combine(out_RD, routing.weights_TK, inbound)
 
