@@ -158,7 +158,7 @@ def _free_bytes() -> int:
 
 def _row(case: "Case", found: "Found") -> dict[str, Any]:
     """One line of the result."""
-    from crossdock.cli.bench.exchange_case import TOP_K
+    from crossdock.cli.bench.exchange_case import CHUNKS, TOP_K
 
     took = {name: median(times) for name, times in found.times.items()}
     row: dict[str, Any] = {"case": str(case), "hidden": case.hidden, "tokens_per_rank": case.tokens}
@@ -171,6 +171,7 @@ def _row(case: "Case", found: "Found") -> dict[str, Any]:
         row[f"internode_bytes_minimum{name}"] = found.minimum[wire]
         row[f"internode_metadata_bytes{name}"] = found.metadata[wire]
         row[f"hidden_fraction{name}"] = found.hidden[wire]
+        row[f"hidden_fraction_in_{CHUNKS}_chunks{name}"] = found.hidden_in_chunks[wire]
         row[f"arrivals_seen_at_the_wait_only{name}"] = found.unseen[wire]
         # of the exchange's time, what the layer does not take beyond the time of its products
         row[f"saved_fraction{name}"] = (took[wire] + took["experts"] - took[f"{wire} layer"]) / took[wire]

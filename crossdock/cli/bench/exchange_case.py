@@ -30,11 +30,15 @@ from crossdock.routing import Routing
 from crossdock.simulate import rank_choices
 
 EXPERTS, TOP_K = 64, 8
+CHUNKS = 4  # in which traffic can hide; where ranks share cores, fewer chunks may be faster and hide less
 TOLERANCE = {"plain": 0.01, "bf16": 0.01, "fp8": 0.08}  # of the largest value: sums in bfloat16, e4m3 has 3 bits
 # Of a token's result as a vector. One wrong expert of eight, whose results are alike in size and otherwise unrelated,
 # changes it by about sqrt(2 / 8) = 0.5, and by 0.2 at least in layers as small as 128 by 32; sums in bfloat16 change it
 # by at most 0.004 there, and e4m3 rows by 0.04 on average and 0.06 at most.
 LAYER_TOLERANCE = {"bf16": 0.01, "fp8": 0.12}
+
+
+Form = Callable[[Tensor, Routing], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire;
-    unseen: flights of that call whose arrival was seen no sooner than at the wait, which makes the part too large.
-    chunks: how many a layer took in most rounds, by the name of its time.
+    """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire, and
+    in CHUNKS; unseen: flights of that call whose arrival was seen no sooner than at the wait, which makes the part too
+    large. chunks: how many a layer took in most rounds, by the name of its time.
 
     crossed, minimum: bytes of rows between nodes in one exchange, there and back, over all ranks, by form; the minimum
     is each (token, node) pair once. metadata: bytes of integers and weights beside them.
@@ -71,6 +75,7 @@ class Found:
 
     times: dict[str, list[float]]
     hidden: dict[str, float | None]
+    hidden_in_chunks: dict[str, float | None]
     unseen: dict[str, int]
     chunks: dict[str, int]
     crossed: dict[str, int]
@@ -113,11 +118,21 @@ class Ours:
         out_RD = inbound.decoded().in_order().rows_RD
         return dispatcher.combine(out_RD, routing.weights_TK, inbound)
 
+    def in_chunks(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """`whole` in CHUNKS, whether or not these are fastest."""
+        pipeline = self.layer.pipeline
+        before = pipeline.chunks, pipeline.pace
+        pipeline.chunks, pipeline.pace = CHUNKS, None
+        try:
+            return self.whole(x_TD, routing)
+        finally:
+            pipeline.chunks, pipeline.pace = before
+
     def whole(self, x_TD: Tensor, routing: Routing) -> Tensor:
         self.chosen.routing = routing
         y_TD: Tensor = self.layer(x_TD)
-        pace = self.layer.pipeline.pace
-        self.chunks.append(1 if pace is None else pace.chosen)
+        pipeline = self.layer.pipeline
+        self.chunks.append(pipeline.chunks if pipeline.pace is None else pipeline.pace.chosen)
         return y_TD
 
 
@@ -172,10 +187,10 @@ class Contenders:
         times = compare_ranks(calls, self.transport, self.device, budget_s, rounds)
         rounds_taken = len(times["plain"])
         chunks = {f"{wire} layer": mode(ours.chunks[-rounds_taken:]) for wire, ours in self.ours.items()}
-        flights = {wire: self._flights(ours, x_TD, routing) for wire, ours in self.ours.items()}
-        hidden = {wire: hidden_fraction([(total["flown"], total["seen"])]) for wire, total in flights.items()}
+        flights = {wire: self._flights(ours, ours.whole, x_TD, routing) for wire, ours in self.ours.items()}
+        divided = {wire: self._flights(ours, ours.in_chunks, x_TD, routing) for wire, ours in self.ours.items()}
         unseen = {wire: total["unseen"] for wire, total in flights.items()}
-        return Found(times, hidden, unseen, chunks, crossed, minimum, metadata)
+        return Found(times, _hidden(flights), _hidden(divided), unseen, chunks, crossed, minimum, metadata)
 
     def _bytes(self, routing: Routing) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
         """(rows that crossed, rows that must, integers that crossed): bytes by form, of one exchange of each."""
@@ -230,14 +245,19 @@ class Contenders:
         gathered = self.transport.all_gather(list(found.values()), "bench bytes")
         return dict(zip(found, map(sum, zip(*gathered, strict=True)), strict=True))
 
-    def _flights(self, ours: Ours, x_TD: Tensor, routing: Routing) -> dict[str, int]:
-        """Of one more call, summed over the ranks: nanoseconds in which rows were in flight, of these those in which
-        their rank waited, and flights whose arrival was only seen at the wait."""
+    def _flights(self, ours: Ours, form: Form, x_TD: Tensor, routing: Routing) -> dict[str, int]:
+        """Of a second call of the form, summed over the ranks: nanoseconds in which rows were in flight, of these those
+        in which their rank waited, and flights whose arrival was only seen at the wait."""
+        form(x_TD, routing)
         ours.recorder.clear()
-        ours.whole(x_TD, routing)
+        form(x_TD, routing)
         told = ours.recorder.told()
         flown, seen = flown_and_seen(told["in_flight"], told["waiting"])
         return self._total({"flown": round(flown * 1e9), "seen": round(seen * 1e9), "unseen": told["seen_at_wait"]})
+
+
+def _hidden(flights: dict[str, dict[str, int]]) -> dict[str, float | None]:
+    return {wire: hidden_fraction([(total["flown"], total["seen"])]) for wire, total in flights.items()}
 
 
 def choose(case: Case, rank: int, device: torch.device) -> Routing:
@@ -250,5 +270,5 @@ def _inbound(rows_RD: Tensor, trip: Trip) -> Inbound:
     return Inbound(rows_RD, trip.ends_L, cast(DispatchPlan, None))  # experts ask for rows and ends only
 
 
-def _bound(form: Callable[[Tensor, Routing], Tensor], x_TD: Tensor, routing: Routing) -> Callable[[], Tensor]:
+def _bound(form: Form, x_TD: Tensor, routing: Routing) -> Callable[[], Tensor]:
     return lambda: form(x_TD, routing)
