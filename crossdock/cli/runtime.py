@@ -10,9 +10,9 @@ import torch
 from crossdock.cli.launch import RANK_THREADS
 from crossdock.comm import Transport, make_transport
 from crossdock.errors import ConfigError
+from crossdock.memory import keep_freed_memory
 from crossdock.parallel import EPGroup, init
 from crossdock.parallel.group import is_failure
-from crossdock.parallel.memory import keep_freed_memory
 from crossdock.parallel.mpi_launch import library_name
 
 # How many ranks this machine has, as torchrun and our launcher, MPICH's and Open MPI's mpiexec say.

@@ -42,18 +42,18 @@ def place_rows_ref(slot_ids_TK: Tensor, num_slots: int) -> Placed:
 
 
 @triton.jit
-def place_rows_kernel(
+def number_rows(
     slot_ids_ptr,  # [N] int64
-    order_ptr,  # [N] int32
+    order_ptr,  # [N] int32, or None
     token_ptr,  # [N] int32
     position_ptr,  # [N] int32
-    ends_ptr,  # [P] int32
+    slot,  # P stands for no expert
     N,
     P,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    slot = tl.program_id(0)  # P stands for -1
+    """Numbers one slot's rows, behind those of lower slots; where they end."""
     start = 0
     for first in range(0, N, BLOCK):
         at = first + tl.arange(0, BLOCK)
@@ -66,11 +66,29 @@ def place_rows_kernel(
         none = (ids < 0) | (ids >= P)
         mine = ((none & (slot == P)) | (~none & (ids == slot))) & (at < N)
         row = start + count + tl.cumsum(mine.to(tl.int32)) - 1
-        tl.store(order_ptr + row, at, mask=mine)
+        if order_ptr is not None:
+            tl.store(order_ptr + row, at, mask=mine)
         tl.store(token_ptr + row, at // K, mask=mine)
         tl.store(position_ptr + at, tl.where(slot == P, N, row), mask=mine)
         count += tl.sum(mine.to(tl.int32))
-    tl.store(ends_ptr + slot, start + count, mask=slot < P)
+    return start + count
+
+
+@triton.jit
+def place_rows_kernel(
+    slot_ids_ptr,  # [N] int64
+    order_ptr,  # [N] int32
+    token_ptr,  # [N] int32
+    position_ptr,  # [N] int32
+    ends_ptr,  # [P] int32
+    N,
+    P,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    end = number_rows(slot_ids_ptr, order_ptr, token_ptr, position_ptr, slot, N, P, K, BLOCK)
+    tl.store(ends_ptr + slot, end, mask=slot < P)
 
 
 def place_rows_triton(slot_ids_TK: Tensor, num_slots: int) -> Placed:

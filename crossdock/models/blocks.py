@@ -14,9 +14,9 @@ from crossdock.backend import Backend
 from crossdock.errors import ConfigError
 from crossdock.gemm import BLOCK, QuantSpec, Rows, linear_fp8
 from crossdock.linear import linear, pack
+from crossdock.memory import use_huge_pages
 from crossdock.models.fields import Fields
 from crossdock.moe import MoELayer, SwigluMLP
-from crossdock.pages import use_huge_pages
 
 
 class RMSNorm(nn.Module):

@@ -29,9 +29,9 @@ from crossdock.gemm import (
 )
 from crossdock.gemm.checks import check_dtype
 from crossdock.gemm.packed import PackedWeights, can_pack_groups, pack_groups, packed_matmul
+from crossdock.memory import use_huge_pages
 from crossdock.moe.config import MoEConfig
 from crossdock.moe.wire import Fp8Wire
-from crossdock.pages import use_huge_pages
 
 MOST_PACKED_BYTES = 1 << 29  # a layer of experts above this is not packed: for a moment there are two of it
 

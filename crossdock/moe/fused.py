@@ -26,7 +26,7 @@ from crossdock._audit_spec import KernelSpec
 from crossdock._triton import tl, triton
 from crossdock.backend import Backend, resolve_backend
 from crossdock.comm.combine_kernel import weighted_sum_triton
-from crossdock.comm.plan_kernel import place_rows_ref
+from crossdock.comm.plan_kernel import number_rows, place_rows_ref
 from crossdock.gemm import Codes
 from crossdock.moe.config import MoEConfig
 from crossdock.moe.experts import Experts, Fp8Experts, PackedExperts, make_experts
@@ -127,22 +127,8 @@ def place_rows_and_tokens_kernel(
             tl.store(token_ptr + at, at, mask=at < T)
         tl.store(ends_ptr, T)
     else:
-        start = 0
-        for first in range(0, N, BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            ids = tl.load(slot_ids_ptr + at, mask=at < N, other=-1)
-            start += tl.sum(((ids >= 0) & (ids < slot)).to(tl.int32))
-        count = 0
-        for first in range(0, N, BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            ids = tl.load(slot_ids_ptr + at, mask=at < N, other=-1)
-            none = (ids < 0) | (ids >= P)
-            mine = ((none & (slot == P)) | (~none & (ids == slot))) & (at < N)
-            row = start + count + tl.cumsum(mine.to(tl.int32)) - 1
-            tl.store(token_ptr + T + row, at // K, mask=mine)
-            tl.store(position_ptr + at, tl.where(slot == P, N, row), mask=mine)
-            count += tl.sum(mine.to(tl.int32))
-        tl.store(ends_ptr + 1 + slot, T + start + count, mask=slot < P)
+        end = number_rows(slot_ids_ptr, None, token_ptr + T, position_ptr, slot, N, P, K, BLOCK)
+        tl.store(ends_ptr + 1 + slot, T + end, mask=slot < P)
 
 
 def place_rows_and_tokens_triton(slot_ids_TK: Tensor, num_slots: int) -> Placed:

@@ -104,7 +104,7 @@ def _measure(
 
     from crossdock.cli.bench.exchange_case import EXPERTS, TOP_K, Case, Contenders
     from crossdock.cli.bench.links import measure_links
-    from crossdock.parallel.memory import return_freed_memory
+    from crossdock.memory import return_freed_memory
 
     began, group, transport = time.perf_counter(), runtime.group, runtime.transport
     topology = group.topology
