@@ -67,7 +67,7 @@ def _fill_small_bins() -> None:
     freed, does not get them back, and an equal one no longer fits where it was.
     """
     malloc, free = _of_libc("malloc"), _of_libc("free")
-    malloc.restype, free.argtypes, free.restype = ctypes.c_void_p, (ctypes.c_void_p,), None
+    malloc.argtypes, malloc.restype, free.argtypes = (ctypes.c_size_t,), ctypes.c_void_p, (ctypes.c_void_p,)
     for size in range(SMALLEST, LARGEST_STRIP, 16):
         for block in [malloc(size) for _ in range(KEPT_OF_A_SIZE)]:
             free(block)

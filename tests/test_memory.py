@@ -13,7 +13,10 @@ from crossdock.linear import can_pack, linear, pack
 from crossdock.memory import use_huge_pages
 from crossdock.moe import MoEConfig, MoELayer, experts
 
-has_huge_pages = pytest.mark.skipif(not memory._has_huge_pages(), reason="this system has no transparent huge pages")
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+has_huge_pages = pytest.mark.skipif(
+    not THP.is_file() or "[never]" in THP.read_text(), reason="this system has no transparent huge pages"
+)
 
 SCRIPT = """
 import re, torch
@@ -73,6 +76,21 @@ def test_large_blocks_need_no_new_pages_after_a_while() -> None:
     assert 4 * kept[-1] < returned[-1]  # the second may not yet fit where the first was
 
 
+EQUAL = """
+import torch
+from crossdock.memory import keep_freed_memory
+
+assert keep_freed_memory()
+print(len({torch.empty(16 << 20, dtype=torch.uint8).data_ptr() for _ in range(50)}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_equal_blocks_come_back_to_where_they_were() -> None:
+    done = subprocess.run([sys.executable, "-c", EQUAL], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 3  # places
+
+
 RETURNED = """
 from pathlib import Path
 import torch
@@ -98,7 +116,6 @@ def test_what_was_kept_is_returned_when_asked() -> None:
     assert kept_kb < 16 << 10 and returned_kb > 112 << 10
 
 
-@has_huge_pages
 def test_packed_experts_stand_on_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[int] = []
     monkeypatch.setattr(experts, "use_huge_pages", lambda tensors: moved.append(sum(1 for _ in tensors)))
@@ -107,6 +124,7 @@ def test_packed_experts_stand_on_huge_pages(monkeypatch: pytest.MonkeyPatch) -> 
     assert moved == [8 if can_pack(torch.zeros(512, 512, dtype=torch.bfloat16)) else 2]
 
 
+@has_huge_pages
 def test_an_owner_who_has_switched_huge_pages_off_is_obeyed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     setting = tmp_path / "enabled"
     monkeypatch.setattr(memory, "HUGE_PAGES", setting)

@@ -7,9 +7,10 @@ Legend: T tokens, D hidden, K experts per token, S rows.
 """
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -70,15 +71,17 @@ def calibrate(transport: Transport, one_machine: bool, size: Size = USUAL) -> Cl
     with torch.inference_mode():
         took = bench.medians(bench.work() | bench.transfers(), size.rounds)
         pinged = bench.medians(bench.pings(), size.pings)
+        call_s = bench.processor_s(bench.pings()["inside"], size.pings)
     amounts = bench.amounts()
     rates = {name: sharing * amount / cores / took[name] for name, amount in amounts.items() if name in took}
     wire = rates.pop("inside", rates["local"])
     pair = size.bytes / took["pair"] if "pair" in took else rates["local"]
-    processor = Processor(sharing, cores, wire=wire, matmul_fp8=rates["matmul"], call_s=0.0, host=False, **rates)
-    intra = inter = Link(pair, pinged["inside"])
+    processor = Processor(sharing, cores, wire=wire, matmul_fp8=rates["matmul"], call_s=call_s, host=False, **rates)
+    latency = {name: max(0.0, took_s - call_s * sharing / cores) for name, took_s in pinged.items()}
+    intra = inter = Link(pair, latency["inside"])
     if nodes > 1:
         out = size.bytes * (per_node if one_machine else 1)
-        inter = Link(out / took["between"], pinged["all"], shared=one_machine)
+        inter = Link(out / took["between"], latency["all"], shared=one_machine)
     measured = (
         f"measured on {nodes}x{per_node} ranks, {sharing} of them on {cores} cores, transport {transport.name}: rows "
         f"of {size.hidden} bfloat16, experts of {size.expert}"
@@ -99,6 +102,15 @@ class _Bench:
         times = compare_ranks(calls, self.transport, torch.device("cpu"), 0.0, rounds)
         return {name: median(own) for name, own in times.items()}
 
+    def processor_s(self, call: Call, rounds: int) -> float:
+        """Seconds of one core that a rank's call takes, all its threads together; the mean of the ranks."""
+        call()
+        began = time.process_time()
+        for _ in range(rounds):
+            call()
+        mine_ns = round((time.process_time() - began) / rounds * 1e9)
+        return fmean(of_rank for (of_rank,) in self.transport.all_gather([mine_ns], "calibration")) * 1e-9
+
     def amounts(self) -> dict[str, float]:
         """What a call does on one rank: bytes of bfloat16 rows, choices, operations, bytes of weights."""
         size, slots = self.size, EXPERTS // self.transport.world_size
@@ -112,8 +124,11 @@ class _Bench:
         size = self.size
         rows_SD = torch.randn(size.rows, size.hidden).to(torch.bfloat16)
         ids_TK = torch.from_numpy(rank_choices("random", self.transport.rank, size.tokens, EXPERTS, TOP_K))
-        weights_TK = torch.full((size.tokens, TOP_K), 1.0 / TOP_K)
+        weights_2TK = torch.full((2 * size.tokens, TOP_K), 1.0 / TOP_K)
         order_S = torch.randperm(size.rows)
+        half_2TK = order_S.view(-1, TOP_K).repeat(2, 1)  # a token's results from two places, as over two nodes
+        away_TK = torch.rand(size.tokens, TOP_K) < 0.5
+        half_2TK[torch.cat([away_TK, ~away_TK])] = size.rows
         wire = Fp8Wire(size.hidden)
         encoded_SX = wire.encode(rows_SD)
         slots = EXPERTS // self.transport.world_size
@@ -130,7 +145,7 @@ class _Bench:
         return {
             "plan": plan,
             "gather": lambda: rows_SD.index_select(0, order_S),
-            "reduce": lambda: weighted_sum_ref(rows_SD, weights_TK, order_S.view(size.tokens, TOP_K), None),
+            "reduce": lambda: weighted_sum_ref(rows_SD, weights_2TK, half_2TK, None),
             "encode": lambda: wire.encode(rows_SD),
             "decode": lambda: wire.decode(encoded_SX, torch.bfloat16),
             "matmul": lambda: experts(many),

@@ -28,6 +28,7 @@ from crossdock.comm.plan import (
     Outgoing,
     Wanted,
     check_form,
+    check_parts_alike,
     check_slots,
     complete_plan,
     plan_on_device,
@@ -74,8 +75,7 @@ class Dispatcher(ExchangeForm):
         """`plan` of several exchanges, equally many on all ranks, with one gather of counts."""
         if self.transport.world_size == 1:
             return [self._plan_alone(slot_ids_TK, checked) for slot_ids_TK in parts]
-        for slot_ids_TK in parts:
-            check_form(slot_ids_TK)
+        check_parts_alike(parts)
         outgoing = [plan_outgoing(slot_ids_TK, self.num_slots) for slot_ids_TK in parts]
         wanted = [plan_once(going, self.transport.world_size) for going in outgoing]
         step, phase = self.step + 1, self.lane.phase("plan", self.step + 1)

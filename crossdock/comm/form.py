@@ -100,8 +100,8 @@ class ExchangeForm:
     ) -> None:
         """Raises ConfigError for another shape, dtype or device."""
         self.check_rows("out_RD", out_RD, rows)
-        check_weights(weights_TK, expected, out_RD.device)
+        check_weights(weights_TK, expected, out_RD, "out_RD")
         if plus_TD is not None:
             self.check_rows("plus_TD", plus_TD, len(weights_TK))
             if plus_TD.device != out_RD.device:
-                raise ConfigError(f"plus_TD is on {plus_TD.device}, expected {out_RD.device}")
+                raise ConfigError(f"plus_TD is on {plus_TD.device}, but out_RD is on {out_RD.device}")

@@ -20,7 +20,6 @@ Legend: T tokens, D hidden, K experts per token, A rows that arrive from other n
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,16 +34,11 @@ from crossdock.comm.inbound import Inbound, decode, receive
 from crossdock.comm.lane import Lane, by_slot
 from crossdock.comm.node_plan import NodePlan, Part, order, place, plan_over_nodes
 from crossdock.comm.places import Choices, Counts, Places
-from crossdock.comm.plan import DispatchPlan, check_form, check_slots, check_weights
+from crossdock.comm.plan import DispatchPlan, check_parts_alike, check_slots, check_weights
 from crossdock.comm.transport import Done, Pending, Then, Transport
 from crossdock.errors import ConfigError
 
 RAIL, NODE = " between nodes", " inside the node"
-
-
-@dataclass(frozen=True)
-class NodeInbound(Inbound):
-    """All rows of this rank, near and far; its plan is a NodePlan."""
 
 
 class HierarchicalDispatcher(ExchangeForm):
@@ -86,10 +80,11 @@ class HierarchicalDispatcher(ExchangeForm):
         self, parts: Sequence[Tensor], weights: Sequence[Tensor] | None = None, *, checked: bool = False
     ) -> list[NodePlan]:
         """`plan` of several exchanges, equally many on all ranks, with one gather of counts."""
-        for slot_ids_TK in parts:
-            check_form(slot_ids_TK)
+        check_parts_alike(parts)
+        if weights is not None and len(weights) != len(parts):
+            raise ConfigError(f"weights must be given for each of the {len(parts)} parts, found {len(weights)}")
         for slot_ids_TK, weights_TK in zip(parts, weights or (), strict=weights is not None):
-            check_weights(weights_TK, tuple(slot_ids_TK.shape), slot_ids_TK.device)
+            check_weights(weights_TK, tuple(slot_ids_TK.shape), slot_ids_TK, "slot_ids")
         ids = [slot_ids_TK.cpu().numpy() for slot_ids_TK in parts]
         for slot_ids in ids:
             check_slots(slot_ids, self.num_slots)
@@ -107,7 +102,7 @@ class HierarchicalDispatcher(ExchangeForm):
         planned = [Part(*part) for part in zip(choices, known, gathered, strict=True)]
         return plan_over_nodes(planned, lanes, first, self.sender, device)
 
-    def dispatch(self, x_TD: Tensor, plan: NodePlan) -> NodeInbound:
+    def dispatch(self, x_TD: Tensor, plan: NodePlan) -> Inbound:
         """Sends x[t] to each slot chosen for t. Differentiable. Raises ConfigError for another shape or dtype."""
         return self.dispatch_async(x_TD, plan).wait()
 
@@ -129,7 +124,7 @@ class HierarchicalDispatcher(ExchangeForm):
     ) -> "Returning":
         """The same, started: other work can run before `wait`."""
         plan = inbound.plan
-        if not isinstance(plan, NodePlan) or not isinstance(inbound, NodeInbound):
+        if not isinstance(plan, NodePlan):
             raise ConfigError("combine must get what this form of the exchange dispatched, found rows of another form")
         expected = tuple(plan.near.outgoing.position_TK.shape)
         self.check_combine(out_RD, len(plan.merge_R), weights_TK, expected, plus_TD)
@@ -197,25 +192,25 @@ class Arriving(Legs):
         self.advance()
         yield self._receive_far()
 
-    def wait(self) -> NodeInbound:
+    def wait(self) -> Inbound:
         """All rows, by (slot, near or far, source rank, token, k)."""
         plan, codec = self.plan, self.form.codec
         if need_gradient(self.x_TD):
             near = self._receive_near()
             self.advance()
             rows_RD = torch.cat([near.rows_RD, self._receive_far().rows_RD]).index_select(0, plan.merge_R)
-            return NodeInbound(rows_RD, plan.ends_L, plan)
+            return Inbound(rows_RD, plan.ends_L, plan)
         takes_codes = codec is not None and not codec.decode_on_arrival
         if self.x_TD.device.type == "cpu" and not takes_codes:
-            return NodeInbound(self._placed(), plan.ends_L, plan)
+            return Inbound(self._placed(), plan.ends_L, plan)
         self.advance()
         near_UX, far_UX = self._near.wait(), self._arrived_far()
         ids_R = torch.cat([order(near_UX, plan.near), order(far_UX, plan.far) + len(near_UX)])
         rows_UX, ids_R = torch.cat([near_UX, far_UX]), ids_R.index_select(0, plan.merge_R)
         if takes_codes:
-            return NodeInbound(rows_UX, plan.ends_L, plan, ids_R, codec, self.x_TD.dtype)
+            return Inbound(rows_UX, plan.ends_L, plan, ids_R, codec, self.x_TD.dtype)
         rows_RD = decode(rows_UX, codec, self.x_TD.dtype).index_select(0, ids_R)
-        return NodeInbound(rows_RD, plan.ends_L, plan)
+        return Inbound(rows_RD, plan.ends_L, plan)
 
     def _placed(self) -> Tensor:
         """Each row copied once, to its place, the near ones while the far ones are under way; for CPUs."""
@@ -251,7 +246,12 @@ class Returning(Legs):
     ) -> None:
         self.form, self.plan, self.weights_TK, self.plus_TD = form, plan, weights_TK, plus_TD
         known = plan.far_weights_AK
-        self._far_weights_AK = form.send_weights(weights_TK, plan) if known is None else Done(known)
+        if known is None:
+            self._far_weights_AK = form.send_weights(weights_TK, plan)
+        else:
+            if known.is_cuda:  # from the stream of the plan, for that of the exchange
+                known.record_stream(torch.cuda.current_stream(known.device))
+            self._far_weights_AK = Done(form.rail.followed(weights_TK.float(), known, plan.outer, "weights"))
         self._inside: dict[str, Pending[Tensor]] = {}
         self._crossing: Pending[Tensor] | None = None
 

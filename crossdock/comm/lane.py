@@ -57,6 +57,8 @@ class Lane:
 
     def together(self, rows: Sequence[Tensor], plans: Sequence[DispatchPlan], what: str) -> Pending[list[Tensor]]:
         """`rows` of several plans, alike in width and dtype, in one exchange: those for a rank lie by plan."""
+        if self.transport.world_size == 1:
+            return Done(list(rows))
         split = [torch.split(rows_SX, plan.send_counts) for rows_SX, plan in zip(rows, plans, strict=True)]
         rows_SX = torch.cat([piece for pieces in zip(*split, strict=True) for piece in pieces])
         sends = [sum(counts) for counts in zip(*(plan.send_counts for plan in plans), strict=True)]
@@ -108,7 +110,8 @@ class _Sent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, lane: Lane, plan: DispatchPlan, what: str, arriving: Pending[Tensor]) -> Tensor:
         ctx.lane, ctx.plan, ctx.phase = lane, plan, f"backward of {what}"
-        return arriving.wait()
+        arrived = arriving.wait()
+        return arrived.view_as(arrived)  # what has come once may be followed more than once
 
     @staticmethod
     @once_differentiable

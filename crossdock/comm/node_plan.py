@@ -37,7 +37,7 @@ class NodePlan:
     """`home` adds up what comes back to this rank: rows are its near sums [T], then what returned over the rail.
 
     `direct` are the rows that this rank would send to each rank, and get from it, without nodes. far_weights_AK
-    (float32) are the weights of the rows that arrive, where the plan was made with weights.
+    (float32, without history) are the weights of the rows that arrive, where the plan was made with weights.
     """
 
     outer: DispatchPlan
@@ -134,8 +134,15 @@ def plan_over_nodes(
     cross, and their weights, then which row stands where in the node.
     """
     rail, node = lanes
-    outer = [_plan_over_rail(part, rail, step + number, device) for number, part in enumerate(parts)]
-    crossing = [_what_crosses(part, plan) for part, plan in zip(parts, outer, strict=True)]
+    outer, crossing = [], []
+    for number, part in enumerate(parts):
+        places = part.choices.places
+        going = plan_outgoing(torch.from_numpy(part.choices.stops_TN), places.topology.num_nodes)
+        slots_SK = part.choices.crossing(going.order_S.numpy())
+        going = Outgoing(going.order_S.to(device), going.position_TK.to(device), going.counts_P)
+        plan = complete_plan(going, part.counts.over_rail(places), rail.transport.rank, step + number)
+        outer.append(plan)
+        crossing.append(_with_weights(torch.from_numpy(slots_SK).to(device), part.weights_TK, plan))
     arriving = rail.together(crossing, outer, "plan")
     top_k = parts[0].choices.slot_ids_TK.shape[1]
     near_ids = [torch.from_numpy(part.choices.on(part.choices.places.node)) for part in parts]
@@ -151,30 +158,20 @@ def plan_over_nodes(
     plans = []
     for number, part in enumerate(parts):
         places, home = part.choices.places, _home(outer[number].outgoing, part.choices.places.node)
-        far_weights = None
-        if part.weights_TK is not None:
-            weights_AK = arrived[number][:, top_k:].contiguous().view(torch.float32)
-            far_weights = rail.followed(part.weights_TK, weights_AK, outer[number], "weights")
+        known = part.weights_TK is not None
+        far_weights = arrived[number][:, top_k:].contiguous().view(torch.float32) if known else None
         near_plan, far_plan = inside[number], inside[len(parts) + number]
         direct = part.counts.direct(places)
         plans.append(NodePlan(outer[number], near_plan, far_plan, home, step + number, direct, sender, far_weights))
     return plans
 
 
-def _plan_over_rail(part: Part, rail: Lane, step: int, device: torch.device) -> DispatchPlan:
-    places = part.choices.places
-    going = plan_outgoing(torch.from_numpy(part.choices.stops_TN), places.topology.num_nodes, device)
-    return complete_plan(going, part.counts.over_rail(places), rail.transport.rank, step)
-
-
-def _what_crosses(part: Part, outer: DispatchPlan) -> Tensor:
+def _with_weights(slots_SK: Tensor, weights_TK: Tensor | None, outer: DispatchPlan) -> Tensor:
     """int32 [S, K or 2K]: the slots that each row sent over the rail is for, then its weights, as they are."""
-    order_S = outer.outgoing.order_S
-    slots_SK = torch.from_numpy(part.choices.crossing(order_S.cpu().numpy())).to(order_S.device)
-    if part.weights_TK is None:
+    if weights_TK is None:
         return slots_SK
-    token_S = order_S.div(outer.outgoing.position_TK.shape[1], rounding_mode="floor")
-    weights_SK = part.weights_TK.detach().index_select(0, token_S)
+    token_S = outer.outgoing.order_S.div(outer.outgoing.position_TK.shape[1], rounding_mode="floor")
+    weights_SK = weights_TK.detach().index_select(0, token_S)
     return torch.cat([slots_SK, weights_SK.view(torch.int32)], 1)
 
 

@@ -16,6 +16,7 @@ integers say which of the rows arrived stands in each place (`OnceEach`). Result
 sum in the order of k is the token's own rank's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -106,14 +107,25 @@ def check_form(slot_ids_TK: Tensor) -> None:
         raise ConfigError(f"slot_ids must be int64 [T, K] with K at least 1, found {found}")
 
 
-def check_weights(weights_TK: Tensor, expected: tuple[int, ...], device: torch.device) -> None:
-    """Raises ConfigError for another shape, a dtype that is not floating, or another device."""
+def check_parts_alike(parts: Sequence[Tensor]) -> None:
+    """`check_form` of each; raises ConfigError, too, where they differ in K."""
+    for slot_ids_TK in parts:
+        check_form(slot_ids_TK)
+    if len({slot_ids_TK.shape[1] for slot_ids_TK in parts}) > 1:
+        found = ", ".join(str(slot_ids_TK.shape[1]) for slot_ids_TK in parts)
+        raise ConfigError(f"slot_ids of exchanges planned together must have one K, found {found}")
+
+
+def check_weights(weights_TK: Tensor, expected: tuple[int, ...], beside: Tensor, name: str) -> None:
+    """Raises ConfigError for another shape, a dtype that is not floating, or another device than that of `beside`."""
+    if not isinstance(weights_TK, Tensor):
+        raise ConfigError(f"weights_TK must be a tensor, found {type(weights_TK).__name__}")
     if tuple(weights_TK.shape) != expected:
         raise ConfigError(f"weights_TK must have shape {expected}, found {tuple(weights_TK.shape)}")
     if not weights_TK.dtype.is_floating_point:
         raise ConfigError(f"weights_TK must be of a floating dtype, found {weights_TK.dtype}")
-    if weights_TK.device != device:
-        raise ConfigError(f"weights_TK is on {weights_TK.device}, expected {device}")
+    if weights_TK.device != beside.device:
+        raise ConfigError(f"weights_TK is on {weights_TK.device}, but {name} is on {beside.device}")
 
 
 def plan_outgoing(slot_ids_TK: Tensor, num_slots: int, device: torch.device | None = None) -> Outgoing:

@@ -202,7 +202,7 @@ class MoELayer(nn.Module):
         return run(self.stages(x_TD, codes))
 
     def stages(self, x_TD: Tensor, codes: Codes | None = None) -> Steps[Tensor]:
-        """`forward`, pausing twice: while the first rows travel, and while the last results return."""
+        """`forward`, pausing where anything travels: while the first rows do, and while the last results return."""
         with self.recorder.span("route"):
             tables = (self.slots_EX, self.replicas_E) if self.choose_replicas else None
             routing = self.router(x_TD, load_E=self.load_E, placement_tables=tables)

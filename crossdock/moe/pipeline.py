@@ -46,8 +46,8 @@ T = TypeVar("T")
 class Pipeline:
     """How the calls of one layer are divided into chunks; 0 chunks: as many as the cost model says, anew at each call.
 
-    `work` is what a row costs, and is needed for 0 chunks only. A world of one has one chunk: nothing travels. Latency
-    mode stays on its caller's stream: its kernels that send end before anything arrives.
+    `work` is what a row costs, and is needed for 0 chunks only. Latency mode stays on its caller's stream: its kernels
+    that send end before anything arrives.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Pipeline:
         self.dispatcher, self.recorder = dispatcher, recorder
         is_throughput = exchange.mode == "throughput"
         self.place = make_place(device, dispatcher.transport, recorder) if is_throughput else Here()
-        self.chunks = exchange.chunks if dispatcher.transport.world_size > 1 else 1
+        self.chunks = exchange.chunks
         self.pace = Pace(dispatcher.transport, work, device) if self.chunks == 0 else None
 
     def begin(self, x_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> "Flow":

@@ -43,7 +43,8 @@ class Processor:
     matmul         operations of grouped products in bfloat16
     matmul_fp8     the same in FP8
     weights        weights read where rows are few
-    call_s         seconds a rank spends on each exchange besides: launches, waking up
+    call_s         seconds of a rank for each exchange besides its rows: launches, waking up; of a GPU's host, or else
+                   of the ranks' cores
     host           plans are made by another processor, beside this one: a GPU's host
     """
 
@@ -170,13 +171,13 @@ PRESETS = {
          _CX7, _LATENCY, _PRODUCTS, _HOST),
     ),
     "emulated-2x2": Cluster(
-        "emulated-2x2", 2, Link(1.3e9, 5e-4), Link(97e6, 1e-3, shared=True),
+        "emulated-2x2", 2, Link(4.1e9, 2e-4), Link(95e6, 8e-4, shared=True),
         Processor(
-            ranks=4, cores=2, plan=15e6, gather=1.5e9, reduce=2.7e9, encode=0.6e9, decode=1.0e9, local=1.9e9,
-            wire=1.3e9, matmul=167e9, matmul_fp8=167e9, weights=11e9, call_s=0.0,
+            ranks=4, cores=2, plan=30e6, gather=5.9e9, reduce=2.2e9, encode=1.25e9, decode=3.5e9, local=6.4e9,
+            wire=2.6e9, matmul=199e9, matmul_fp8=199e9, weights=15e9, call_s=4e-4,
         ),
-        ("inter: 800 Mbit/s each way for a node's ranks together, 97 MB/s by gloo; intra: one pair by gloo",
-         "latencies: an exchange of one row with all, gloo; call_s: in them",
+        ("inter: 800 Mbit/s each way for a node's ranks together, 95 MB/s by gloo; intra: one pair by gloo",
+         "latencies: an exchange of one row with all, gloo, beyond call_s: what it takes of the cores",
          "products, memory and all else: seconds of an AMD EPYC (Zen 4) core, one operation at a time in four ranks",
          "`crossdock plan --emulate 2x2 --calibrate FILE` measures yours"),
     ),

@@ -99,12 +99,13 @@ class Costs:
         self, name: str, lane: str, phase: str, until: str, load: Load, sent_W: Counts, latency_s: float
     ) -> Stage:
         cluster, processor = self.cluster, self.cluster.processor
-        copies = self.work(name, phase, load.local_W / processor.local + sent_W / processor.wire)
+        worked_W = load.local_W / processor.local + sent_W / processor.wire
+        copies = self.work(name, phase, worked_W + (0.0 if processor.host else processor.call_s))
         needs = copies.needs | {
             "intra": float(load.intra_2W.max(initial=0)) / cluster.intra.bytes_per_s,
             "inter": float(load.inter_2I.max(initial=0)) / cluster.inter.bytes_per_s,
         }
-        return Stage(name, lane, phase, needs, latency_s + processor.call_s, until, load)
+        return Stage(name, lane, phase, needs, latency_s + (processor.call_s if processor.host else 0.0), until, load)
 
     def planning(self, name: str, choices_W: Counts) -> Stage:
         """(token, k) choices put in order."""
@@ -112,11 +113,13 @@ class Costs:
         stage = self.work(name, "plan", choices_W / processor.plan)
         return replace(stage, needs={"host": stage.needs["processor"]}) if processor.host else stage
 
-    def gathering(self, nodes: int) -> Stage:
+    def gathering(self, traffic: Traffic) -> Stage:
         """Counts gathered from all ranks: a few integers, for which the host waits."""
-        cluster = self.cluster
-        latency = max(cluster.inter.latency_s, cluster.intra.latency_s) if nodes > 1 else cluster.intra.latency_s
-        return Stage("counts", COMPUTE, "plan", {}, latency + cluster.processor.call_s)
+        cluster, processor = self.cluster, self.cluster.processor
+        latencies = cluster.intra.latency_s, cluster.inter.latency_s if traffic.nodes > 1 else 0.0
+        if processor.host:
+            return Stage("counts", COMPUTE, "plan", {}, max(latencies) + processor.call_s)
+        return self.work("counts", "plan", np.full(traffic.ranks, processor.call_s), max(latencies))
 
     def gather(self, rows_W: Counts, row_bytes: int) -> Seconds:
         """Seconds for rows written by an index."""

@@ -116,7 +116,7 @@ def _write_plans(writer: "_Writer", forms: Sequence[FlatStages | NodeStages]) ->
     """The order of `plans` of comm's dispatchers: one gather and one exchange of each kind for all chunks."""
     for chunk, form in enumerate(forms):
         writer.work(chunk, form.choose())
-    writer.work(0, [forms[0].costs.gathering(forms[0].traffic.nodes)])
+    writer.work(0, [forms[0].costs.gathering(forms[0].traffic)])
     for chunk, form in enumerate(forms):
         writer.work(chunk, form.plan())
     writer.work(0, slots_together(forms))

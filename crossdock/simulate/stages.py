@@ -260,19 +260,21 @@ def arrange(costs: Costs, name: str, arrived_W: Counts, rows_W: Counts, fp8: boo
 
 
 def slots_together(forms: Sequence[FlatStages | NodeStages]) -> Stages:
-    """The slots of what crosses to other nodes, of all chunks in one exchange; none where nothing can."""
+    """Slots and weights of what crosses to other nodes, of all chunks in one exchange, rows or none."""
+    if not isinstance(forms[0], NodeStages):
+        return []
     return _together("slots", OUTER, "plan_far", forms[0].costs, [form.slots() for form in forms])
 
 
 def index_together(forms: Sequence[FlatStages | NodeStages]) -> Stages:
     """Which row stands where, of all chunks in one exchange; none where every row travels by itself."""
-    lane = INNER if isinstance(forms[0], NodeStages) else OUTER
-    return _together("index", lane, "send", forms[0].costs, [form.index() for form in forms])
+    lane, of_chunks = INNER if isinstance(forms[0], NodeStages) else OUTER, [form.index() for form in forms]
+    return _together("index", lane, "send", forms[0].costs, of_chunks) if any(map(np.any, of_chunks)) else []
 
 
 def _together(name: str, lane: str, until: str, costs: Costs, bytes_of_chunks: list[Counts]) -> Stages:
     bytes_WW = sum(bytes_of_chunks[1:], bytes_of_chunks[0])
-    return [costs.exchange(name, lane, "plan", until, bytes_WW)] if bytes_WW.any() else []
+    return [costs.exchange(name, lane, "plan", until, bytes_WW)]
 
 
 def worth_once(each_WW: Counts, once_WW: Counts, row_bytes: int) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from crossdock import EPGroup, LocalWorld, make_transport
 from crossdock.comm import Dispatcher, LocalTransport, TorchTransport, Transport, make_dispatcher
+from crossdock.comm.node_plan import NodePlan
 from crossdock.errors import CommTimeout, ConfigError, PlanMismatch, RankFailure
 from crossdock.parallel import Topology
 from tests.launch import RankError, Ranks
@@ -112,26 +113,31 @@ def test_a_token_goes_to_a_rank_once_where_that_saves_much() -> None:
 
 
 @pytest.mark.parametrize("hierarchy", ["flat", "node"])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_exchanges_can_be_planned_together(world_size: int, hierarchy: Literal["flat", "node"]) -> None:
-    """With one exchange of each kind of integers for all of them, weights too, and nothing else changed."""
+@pytest.mark.parametrize("nodes", [(0,), (0, 0), (0, 1), (0, 0, 1, 1)])
+def test_exchanges_can_be_planned_together(nodes: tuple[int, ...], hierarchy: Literal["flat", "node"]) -> None:
+    """With one exchange of each kind of integers for all of them, weights too, and nothing else changed.
+
+    Of the three the first is large enough for tokens to travel once to a rank, the others are not.
+    """
 
     def run(transport: Transport, together: bool) -> list[torch.Tensor]:
         exchange = make_dispatcher(transport, 8, 2048, torch.float32, hierarchy=hierarchy)
-        x_TD = torch.randn(90, 2048, generator=torch.Generator().manual_seed(transport.rank))
-        ids_TK = torch.randint(-1, 8, (90, 6), generator=torch.Generator().manual_seed(transport.rank))
-        parts = [slice(0, 60), slice(60, 60), slice(60, 90)]
+        x_TD = torch.randn(305, 2048, generator=torch.Generator().manual_seed(transport.rank))
+        ids_TK = torch.randint(-1, 8, (305, 6), generator=torch.Generator().manual_seed(transport.rank))
+        parts = [slice(0, 300), slice(300, 300), slice(300, 305)]
         ids = [ids_TK[part] for part in parts]
-        weights_TK = torch.rand(90, 6, generator=torch.Generator().manual_seed(7 + transport.rank))
+        weights_TK = torch.rand(305, 6, generator=torch.Generator().manual_seed(7 + transport.rank))
         weights = [weights_TK[part] for part in parts]
         plans = exchange.plans(ids, weights) if together else map(exchange.plan, ids)
         found = []
         for part, plan in zip(parts, plans, strict=True):
+            for flat in (plan.near, plan.far) if isinstance(plan, NodePlan) else (plan,):
+                assert len(flat.send_counts) == 1 or (flat.once is None) == (part.start > 0)
             inbound = exchange.dispatch(x_TD[part], plan)
             found += [inbound.rows_RD, exchange.combine(inbound.rows_RD, weights_TK[part], inbound)]
         return found
 
-    world = LocalWorld(world_size, topology=Topology(tuple(range(world_size))))
+    world = LocalWorld(len(nodes), topology=Topology(nodes))
     for one, other in zip(*(world.run(lambda t, how=how: run(t, how)) for how in (True, False)), strict=True):  # type: ignore[misc]
         assert all(map(torch.equal, one, other))
 

@@ -97,6 +97,30 @@ def test_what_is_added_is_added_once() -> None:
         assert torch.equal(added_TD, y_TD + torch.randn(6, 5, generator=torch.Generator().manual_seed(rank)))
 
 
+def test_a_plan_made_without_gradients_serves_with_them() -> None:
+    """Weights that came with the plan are combine's own where these need gradients, each time."""
+
+    def run(transport: Transport, ahead: bool) -> list[Tensor]:
+        exchange = HierarchicalDispatcher(transport, 8, 5, torch.float32)
+        weights_TK = torch.rand(6, 3, generator=torch.Generator().manual_seed(transport.rank)).requires_grad_()
+        with torch.no_grad():
+            plan = exchange.plan(ids_of(transport.rank), weights_TK if ahead else None)
+        found = []
+        for _ in range(2):
+            weights_TK.grad = None
+            inbound = exchange.dispatch(torch.arange(30.0).view(6, 5), plan)
+            exchange.combine(inbound.rows_RD, weights_TK, inbound).sum().backward()
+            assert weights_TK.grad is not None
+            found.append(weights_TK.grad)
+        return found
+
+    world = LocalWorld(4, topology=TWO_BY_TWO)
+    for with_it, without in zip(
+        *(world.run(lambda t, ahead=ahead: run(t, ahead)) for ahead in (True, False)), strict=True
+    ):
+        assert all(map(torch.equal, with_it, without)) and int((with_it[0] != 0).sum()) == 18
+
+
 def test_legs_can_be_advanced_and_an_inbound_combined_twice() -> None:
     def run(transport: Transport) -> bool:
         exchange = HierarchicalDispatcher(transport, 8, 5, torch.float32)
@@ -209,6 +233,20 @@ def test_wrong_arguments_are_named() -> None:
             exchange.combine(rows_RD, ones[:, :2], inbound)
         with pytest.raises(ConfigError, match=r"slot_ids must be in -1..7, found 8"):
             exchange.plan(torch.full((1, 3), 8))
+        with pytest.raises(ConfigError, match=r"weights_TK must have shape \(6, 3\), found \(5, 3\)"):
+            exchange.plan(ids_of(0), ones[1:])
+        with pytest.raises(ConfigError, match=r"weights_TK must be of a floating dtype, found torch.int64"):
+            exchange.plan(ids_of(0), ones.long())
+        with pytest.raises(ConfigError, match=r"weights_TK is on meta, but slot_ids is on cpu"):
+            exchange.plan(ids_of(0), ones.to("meta"))
+        with pytest.raises(ConfigError, match="weights_TK must be a tensor, found bool"):
+            exchange.plan(ids_of(0), True)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="weights must be given for each of the 2 parts, found 1"):
+            exchange.plans([ids_of(0)] * 2, [ones])
+        with pytest.raises(ConfigError, match="slot_ids of exchanges planned together must have one K, found 3, 2"):
+            exchange.plans([ids_of(0), ids_of(0)[:, :2]])
+        with pytest.raises(ConfigError, match="plus_TD is on meta, but out_RD is on cpu"):
+            exchange.combine(rows_RD, ones, inbound, torch.ones(6, 5, device="meta"))
         arriving = exchange.dispatch_async(torch.ones(6, 5), plan)
         near = next(arriving.portions())
         returning = Returning(exchange, plan, ones, None)

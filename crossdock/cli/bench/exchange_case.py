@@ -66,8 +66,8 @@ class Case:
 @dataclass(frozen=True)
 class Found:
     """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire, and
-    in CHUNKS; unseen: flights of that call whose arrival was seen no sooner than at the wait, which makes the part too
-    large. chunks: how many a layer took in most rounds, by the name of its time.
+    in CHUNKS; unseen: flights of those calls whose arrival was seen no sooner than at the wait, which makes the parts
+    too large. chunks: how many a layer took in most rounds, by the name of its time.
 
     crossed, minimum: bytes of rows between nodes in one exchange, there and back, over all ranks, by form; the minimum
     is each (token, node) pair once. metadata: bytes of integers and weights beside them.
@@ -189,7 +189,7 @@ class Contenders:
         chunks = {f"{wire} layer": mode(ours.chunks[-rounds_taken:]) for wire, ours in self.ours.items()}
         flights = {wire: self._flights(ours, ours.whole, x_TD, routing) for wire, ours in self.ours.items()}
         divided = {wire: self._flights(ours, ours.in_chunks, x_TD, routing) for wire, ours in self.ours.items()}
-        unseen = {wire: total["unseen"] for wire, total in flights.items()}
+        unseen = {wire: flights[wire]["unseen"] + divided[wire]["unseen"] for wire in self.ours}
         return Found(times, _hidden(flights), _hidden(divided), unseen, chunks, crossed, minimum, metadata)
 
     def _bytes(self, routing: Routing) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
