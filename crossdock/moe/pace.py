@@ -55,7 +55,7 @@ class Rates:
         )
 
 
-CPU = Rates(exchange_s=5e-4, byte_s=1e-9, pass_s=1e-4, weight_byte_s=4e-11, operation_s=2e-11,
+CPU = Rates(exchange_s=5e-4, byte_s=1e-9, pass_s=1e-4, weight_byte_s=1e-10, operation_s=2e-11,
             handling_s=2e-3, handled_byte_s=5e-10)  # fmt: skip
 NVLINK = Rates(exchange_s=5e-5, byte_s=1 / 150e9, pass_s=3e-5, weight_byte_s=1 / 3e12, operation_s=1 / 400e12)
 NETWORK = replace(NVLINK, exchange_s=1e-4, byte_s=1 / 45e9)  # as published for 16 to 64 H800 with 400 Gbit/s each

@@ -1,6 +1,7 @@
 """The balancer: EPLB's inputs and outputs, placements that are valid, and loads near the bound."""
 
 import doctest
+from statistics import median
 
 import pytest
 import torch
@@ -34,10 +35,14 @@ def test_every_layer_is_a_valid_placement(nodes: int, gpus: int, groups: int, si
 
 
 def test_load_comes_near_the_bound_at_the_size_of_deepseek_v3() -> None:
-    weight = torch.distributions.Gamma(2.0, 1.0).sample((4, 256))
-    phy2log, _, _ = rebalance(weight, 288, 8, 4, 32)
-    report = balance_report(weight, phy2log, 32)
-    assert all(max(load) <= 1.1 * bound for load, bound in zip(report.load_NW, report.bound_N, strict=True))
+    torch.manual_seed(0)
+    excess = []
+    for _ in range(8):
+        weight = torch.distributions.Gamma(2.0, 1.0).sample((4, 256))
+        phy2log, _, _ = rebalance(weight, 288, 8, 4, 32)
+        report = balance_report(weight, phy2log, 32)
+        excess += [max(load) / bound for load, bound in zip(report.load_NW, report.bound_N, strict=True)]
+    assert max(excess) <= 1.2 and median(excess) <= 1.06  # of 400 such: 1.16 and 1.04
 
 
 def test_hierarchical_keeps_a_group_on_one_node() -> None:
