@@ -102,30 +102,35 @@ NO_TRACE = NoTrace()
 
 @dataclass
 class Recorder(NoTrace):
-    """What one rank does, in stamps of its clock."""
+    """What one rank does, in stamps of its clock. While it is `paused` nothing is kept, and arrivals are not watched."""
 
     clock: HostClock | DeviceClock = field(default_factory=HostClock)
     spans: list[tuple[str, Any, Any]] = field(default_factory=list)
     waits: list[tuple[str, Any, Any]] = field(default_factory=list)
     flights: list[Flight] = field(default_factory=list)
+    paused: bool = False
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         begin = self.clock.stamp()
         yield
-        if not self.is_full:
+        if self.is_recording:
             self.spans.append((name, begin, self.clock.stamp()))
 
     @contextmanager
     def wait(self, phase: str) -> Iterator[None]:
         begin = self.clock.stamp()
         yield
-        if not self.is_full:
+        if self.is_recording:
             self.waits.append((phase, begin, self.clock.stamp()))
 
     @property
     def on_device(self) -> bool:
         return isinstance(self.clock, DeviceClock)
+
+    @property
+    def is_recording(self) -> bool:
+        return not self.paused and not self.is_full
 
     @property
     def is_full(self) -> bool:
@@ -188,7 +193,7 @@ class Watched:
         recorder = self.recorder
         flight = Flight(phase, rows_SD.nbytes, recorder.clock.stamp(), seen_arriving=False)
         pending = self.inner.all_to_all_rows(rows_SD, send_counts, recv_counts, phase)
-        if isinstance(pending, Done) or recorder.is_full:  # nothing travels, or nothing more is kept
+        if isinstance(pending, Done) or not recorder.is_recording:  # nothing travels, or nothing more is kept
             return pending
         recorder.flights.append(flight)
         on_arrival: Callable[[Callable[[], None]], None] | None = getattr(pending, "on_arrival", None)

@@ -98,7 +98,7 @@ class Ours:
     def __init__(self, transport: Transport, wire: str, hidden: int, expert_size: int, device: torch.device) -> None:
         world_size = transport.world_size
         self.counted = Counted(transport)
-        self.recorder = Recorder(DeviceClock() if device.type == "cuda" else HostClock())
+        self.recorder = Recorder(DeviceClock() if device.type == "cuda" else HostClock(), paused=True)  # when timed
         config = MoEConfig(hidden, expert_size, EXPERTS, TOP_K)
         places = (*range(EXPERTS), *[-1] * (-EXPERTS % world_size))
         self.layer = MoELayer(
@@ -250,7 +250,9 @@ class Contenders:
         in which their rank waited, and flights whose arrival was only seen at the wait."""
         form(x_TD, routing)
         ours.recorder.clear()
+        ours.recorder.paused = False
         form(x_TD, routing)
+        ours.recorder.paused = True
         told = ours.recorder.told()
         flown, seen = flown_and_seen(told["in_flight"], told["waiting"])
         return self._total({"flown": round(flown * 1e9), "seen": round(seen * 1e9), "unseen": told["seen_at_wait"]})
