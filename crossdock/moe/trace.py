@@ -102,7 +102,7 @@ NO_TRACE = NoTrace()
 
 @dataclass
 class Recorder(NoTrace):
-    """What one rank does, in stamps of its clock. While it is `paused` nothing is kept, and arrivals are not watched."""
+    """What one rank does, in stamps of its clock; nothing while it is `paused`, when arrivals are not watched either."""
 
     clock: HostClock | DeviceClock = field(default_factory=HostClock)
     spans: list[tuple[str, Any, Any]] = field(default_factory=list)
