@@ -1,4 +1,4 @@
-"""Every example runs as its docstring says, prints what it claims, and stays under 40 lines."""
+"""Every example runs as its docstring says, prints what it claims, and stays under 40 lines, but for LONG ones."""
 
 import os
 import re

@@ -25,8 +25,8 @@ from crossdock.memory import use_huge_pages
 def on_huge_pages():
     return int(re.search(r"AnonHugePages: *(\\d+)", open("/proc/self/smaps_rollup").read())[1]) * 1024
 
-weight = torch.arange(4 << 20, dtype=torch.float32)
-before, place = on_huge_pages(), weight.data_ptr()
+before, weight = on_huge_pages(), torch.arange(4 << 20, dtype=torch.float32)
+place = weight.data_ptr()
 moved = use_huge_pages([weight])
 assert torch.equal(weight, torch.arange(4 << 20, dtype=torch.float32)) and weight.data_ptr() == place
 print(moved, on_huge_pages() - before)
@@ -37,13 +37,14 @@ print(moved, on_huge_pages() - before)
 def test_a_weight_moves_with_its_values() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     moved, grown = map(int, done.stdout.split())
-    assert moved in (0, grown)  # none where the kernel has no free one, or none that it can move to
+    assert moved in (0, grown)  # none where the kernel has no free page, or cannot move to one
     if moved:
         assert 12 << 20 <= moved <= 16 << 20
 
 
 @pytest.mark.skipif(not can_pack(torch.zeros(512, 512, dtype=torch.bfloat16)), reason="no bfloat16 in oneDNN")
 def test_packed_weights_keep_their_values() -> None:
+    torch.manual_seed(0)
     weights = [torch.randn(768, 1024).to(torch.bfloat16) for _ in range(8)]
     packed, x_MK = [pack(weight) for weight in weights], torch.randn(4, 1024).to(torch.bfloat16)
     use_huge_pages([*packed, torch.empty(3, device="meta"), torch.empty(0)])

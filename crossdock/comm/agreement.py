@@ -1,7 +1,7 @@
 """Ranks that are not in the same exchange are told apart, and named, before any row moves.
 
 What must be equal travels as a few integers in front of the counts that a plan gathers anyway, so it costs no exchange
-of its own.
+of its own, but before the first plan, when even the number of counts may differ.
 """
 
 from collections.abc import Sequence

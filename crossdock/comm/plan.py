@@ -34,7 +34,8 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Outgoing:
-    """This rank's half: order_S int64, t * K + k of each row sent; position_TK int64, its place there (S for -1)."""
+    """This rank's half: order_S, t * K + k of each row sent; position_TK, its place there (S for -1); both int64, or
+    int32 where they were made on the device. counts_P: rows for each slot, where these are asked for."""
 
     order_S: Tensor
     position_TK: Tensor

@@ -7,7 +7,7 @@ are called directly: torch.distributed's functions check what was checked here a
 `Channel`'s: it ends when the group fails anywhere, and names the rank to blame.
 
 Gloo ends the process where a rank gets more bytes than it expects, and leaves garbage where it gets less. So all
-messages of a gather are equally long, the longest any gather had so far, and begin with a tag:
+messages of a gather are equally long, as long as any was so far (up to MOST_ROOM integers), and begin with a tag:
 
     true length | checksum of all phases so far, rows' too | this phase's name | values | padding
 

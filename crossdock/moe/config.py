@@ -63,8 +63,9 @@ class MoEConfig:
 class ExchangeConfig:
     """How an MoE layer's rows travel. The defaults give the same bits for any number of ranks.
 
-    hierarchy     "flat": a row for each (token, expert). "node": a token crosses to a node once, its results are summed
-                  there, and one row returns: fewer bytes between nodes, and bits that depend on which ranks share one
+    hierarchy     "flat": a row for each (token, expert), or (token, rank) where that saves much. "node": a token
+                  crosses to a node once, its results are summed there, and one row returns: fewer bytes between nodes,
+                  and bits that depend on which ranks share one
     wire          "native": rows travel in the layer's dtype. "fp8": dispatched rows travel as e4m3 with a scale for
                   each 128 values; the same bits as native for experts held in fp8_block, which quantise so anyhow
     mode          "throughput": exact sizes, counts are exchanged first. "latency": bounded buffers, no host

@@ -15,8 +15,8 @@ product does not depend on its company, and a token's results are added up withi
 Over nodes rows travel in two legs (`Legs`). The first ones are slow, and leave for all chunks at once; the second is
 started while the chunk before computes. Of the first chunk the node's own rows are computed while the others fly.
 
-Rejected: chunks of experts instead of tokens. Each expert's weights would be read once, and one gather of counts would
-do, but a token would cross to a node once for each chunk, and one loaded expert is one chunk that nothing hides.
+Rejected: chunks of experts instead of tokens. Each expert's weights would be read once, but a token would cross to a
+node once for each chunk, and one loaded expert is one chunk that nothing hides.
 Rejected: sending every chunk at once also where there is one leg. It keeps all rows of a call in memory, and where the
 rate of a link is the bound it is no faster, as the link is never idle either way.
 

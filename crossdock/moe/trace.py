@@ -102,7 +102,7 @@ NO_TRACE = NoTrace()
 
 @dataclass
 class Recorder(NoTrace):
-    """What one rank does, in stamps of its clock; nothing while it is `paused`, when arrivals are not watched either."""
+    """What one rank does, in stamps of its clock; nothing while it is `paused`."""
 
     clock: HostClock | DeviceClock = field(default_factory=HostClock)
     spans: list[tuple[str, Any, Any]] = field(default_factory=list)
@@ -110,19 +110,18 @@ class Recorder(NoTrace):
     flights: list[Flight] = field(default_factory=list)
     paused: bool = False
 
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        begin = self.clock.stamp()
-        yield
-        if self.is_recording:
-            self.spans.append((name, begin, self.clock.stamp()))
+    def span(self, name: str) -> AbstractContextManager[None]:
+        return self._timed(name, self.spans) if self.is_recording else _NOTHING
+
+    def wait(self, phase: str) -> AbstractContextManager[None]:
+        return self._timed(phase, self.waits) if self.is_recording else _NOTHING
 
     @contextmanager
-    def wait(self, phase: str) -> Iterator[None]:
+    def _timed(self, name: str, kept: list[tuple[str, Any, Any]]) -> Iterator[None]:
         begin = self.clock.stamp()
         yield
         if self.is_recording:
-            self.waits.append((phase, begin, self.clock.stamp()))
+            kept.append((name, begin, self.clock.stamp()))
 
     @property
     def on_device(self) -> bool:
@@ -191,9 +190,11 @@ class Watched:
         self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
     ) -> Pending[Tensor]:
         recorder = self.recorder
+        if not recorder.is_recording:
+            return self.inner.all_to_all_rows(rows_SD, send_counts, recv_counts, phase)
         flight = Flight(phase, rows_SD.nbytes, recorder.clock.stamp(), seen_arriving=False)
         pending = self.inner.all_to_all_rows(rows_SD, send_counts, recv_counts, phase)
-        if isinstance(pending, Done) or not recorder.is_recording:  # nothing travels, or nothing more is kept
+        if isinstance(pending, Done):  # nothing travels
             return pending
         recorder.flights.append(flight)
         on_arrival: Callable[[Callable[[], None]], None] | None = getattr(pending, "on_arrival", None)

@@ -21,7 +21,7 @@ FLAGS = ("shared", "host")
 
 @dataclass(frozen=True)
 class Link:
-    """bytes_per_s in each direction; latency_s of a collective without rows; `shared` by all ranks of a node."""
+    """bytes_per_s in each direction; latency_s of a collective without rows, beyond call_s; `shared` by a node."""
 
     bytes_per_s: float
     latency_s: float

@@ -181,6 +181,19 @@ def test_warm_up_is_forgotten() -> None:
     assert recorder.told()["spans"] == []
 
 
+def test_nothing_is_kept_while_paused() -> None:
+    def run(transport: Transport) -> tuple[dict[str, Any], dict[str, Any]]:
+        recorder = Recorder(paused=True)
+        layer, x_TD = build(Watched(transport, recorder), ExchangeConfig()), noise(5, 36, seed=2)
+        layer(x_TD)
+        paused, recorder.paused = recorder.told(), False
+        layer(x_TD)
+        return paused, recorder.told()
+
+    for paused, told in LocalWorld(2).run(run):
+        assert not any(paused.values()) and told["spans"] and told["waits"] and told["flights"]
+
+
 def test_a_long_trace_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crossdock.moe.trace.MOST", 3)
     recorder = Recorder()

@@ -31,14 +31,14 @@ EMULATED = (2048, 4096, 7168), (512, 4096)  # hidden sizes and tokens a rank
 ONE_MACHINE = (2048, 7168), (8, 512)
 BUDGET_S = 30.0  # of a case's rounds, unless three take longer
 # So that products take as long beside the plain form's traffic as on a real cluster: there a rank has 400e12 usable
-# operations a second (H100) behind 45e9 bytes a second, 8900 operations a byte. Here, four ranks on two cores of about
-# 170e9, it has 85e9 behind 48e6 (half of a link of 97 MB/s), 1770 a byte. A row has 6 * D * F operations and 4 * D
-# bytes there and back, so DeepSeek-V3's F of 2048 becomes 2048 * 1770 / 8900 = 407. Where half of the rows cross, as
-# between two nodes, products should take 6 * 2048 / 400e12 / (4 * 0.5 / 45e9) = 0.69 of the plain form's exchange:
-# `compute_to_plain` says what they took.
+# operations a second (H100) behind 45e9 bytes a second, 8900 operations a byte. Here, four ranks on two cores that give
+# 170e9 among everything else that a layer does (200e9 alone), it has 85e9 behind 48e6 (half of a link of 97 MB/s), 1770
+# a byte. A row has 6 * D * F operations and 4 * D bytes there and back, so DeepSeek-V3's F of 2048 becomes
+# 2048 * 1770 / 8900 = 407. Where half of the rows cross, as between two nodes, products should take
+# 6 * 2048 / 400e12 / (4 * 0.5 / 45e9) = 0.69 of the plain form's exchange: `compute_to_plain` says what they took.
 EXPERT_SIZE = 384
 SHOWN = ("case", "ratio", "rows_speedup", "internode_bytes", "internode_bytes_minimum", "hidden_fraction",
-         "saved_fraction",          "compute_to_communication", "us")  # fmt: skip
+         "saved_fraction", "compute_to_communication", "us")  # fmt: skip
 
 
 def exchange(
