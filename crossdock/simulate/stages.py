@@ -59,9 +59,6 @@ class FlatStages:
     def plan(self) -> Stages:
         return []
 
-    def slots(self) -> Counts:
-        return 0 * self.traffic.flat_WW
-
     def plan_own(self) -> Stages:
         return []
 
@@ -261,9 +258,8 @@ def arrange(costs: Costs, name: str, arrived_W: Counts, rows_W: Counts, fp8: boo
 
 def slots_together(forms: Sequence[FlatStages | NodeStages]) -> Stages:
     """Slots and weights of what crosses to other nodes, of all chunks in one exchange, rows or none."""
-    if not isinstance(forms[0], NodeStages):
-        return []
-    return _together("slots", OUTER, "plan_far", forms[0].costs, [form.slots() for form in forms])
+    of_chunks = [form.slots() for form in forms if isinstance(form, NodeStages)]
+    return _together("slots", OUTER, "plan_far", forms[0].costs, of_chunks) if of_chunks else []
 
 
 def index_together(forms: Sequence[FlatStages | NodeStages]) -> Stages:
