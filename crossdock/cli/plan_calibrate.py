@@ -69,8 +69,9 @@ def calibrate(transport: Transport, one_machine: bool, size: Size = USUAL) -> Cl
     cores = min(len(os.sched_getaffinity(0)), sharing)
     bench = _Bench(size, transport, transport.split([topology.ranks_of_node(node) for node in range(nodes)]))
     with torch.inference_mode():
-        took = bench.medians(bench.work() | bench.transfers(), size.rounds)
-        pinged = bench.medians(bench.pings(), size.pings)
+        took = bench.seconds(bench.work() | bench.transfers(), size.rounds)
+        took |= bench.seconds(bench.crossing(), 2 * size.rounds, of=min)
+        pinged = bench.seconds(bench.pings(), size.pings)
         call_s = bench.processor_s(bench.pings()["inside"], size.pings)
     amounts = bench.amounts()
     rates = {name: sharing * amount / cores / took[name] for name, amount in amounts.items() if name in took}
@@ -97,10 +98,12 @@ class _Bench:
     transport: Transport
     node: Transport
 
-    def medians(self, calls: dict[str, Call], rounds: int) -> dict[str, float]:
-        """Seconds until the last rank is through."""
+    def seconds(
+        self, calls: dict[str, Call], rounds: int, of: Callable[[list[float]], float] = median
+    ) -> dict[str, float]:
+        """Seconds until the last rank is through, `of` so many rounds."""
         times = compare_ranks(calls, self.transport, torch.device("cpu"), 0.0, rounds)
-        return {name: median(own) for name, own in times.items()}
+        return {name: of(own) for name, own in times.items()}
 
     def processor_s(self, call: Call, rounds: int) -> float:
         """Seconds of one core that a rank's call takes, all its threads together; the mean of the ranks."""
@@ -153,7 +156,7 @@ class _Bench:
         }
 
     def transfers(self) -> dict[str, Call]:
-        """Rows to this rank itself, to the others of its node, from rank 0 to rank 1 alone, and to other nodes."""
+        """Rows to this rank itself, to the others of its node, and from rank 0 to rank 1 alone."""
         transport, node, rows = self.transport, self.node, self.size.rows
         own = [rows * (peer == transport.rank) for peer in range(transport.world_size)]
         calls = {"local": self._transfer(transport, own)}
@@ -163,15 +166,20 @@ class _Bench:
             first = [rows * (node.rank == 0 and node.members[0] == 0 and peer == 1) for peer in range(node.world_size)]
             second = [rows * (node.rank == 1 and node.members[0] == 0 and peer == 0) for peer in range(node.world_size)]
             calls["pair"] = self._transfer(node, first, second)
-        if transport.world_size > node.world_size:
-            nodes = transport.topology.num_nodes
-            mine = transport.topology.node_of_rank[transport.rank]
-            away = [0] * transport.world_size
-            for other in range(nodes):
-                if other != mine:
-                    away[transport.topology.ranks_of_node(other)[node.rank]] = rows // (nodes - 1)
-            calls["between"] = self._transfer(transport, away)
         return calls
+
+    def crossing(self) -> dict[str, Call]:
+        """Rows to other nodes, where there are any.
+
+        The fastest round tells a link's rate: where ranks share one, their connections get in one another's way in
+        about half of all rounds, which then take up to twice as long, and a median is now one and now the other.
+        """
+        transport, node, topology = self.transport, self.node, self.transport.topology
+        mine, away = topology.node_of_rank[transport.rank], [0] * transport.world_size
+        for other in range(topology.num_nodes):
+            if other != mine:
+                away[topology.ranks_of_node(other)[node.rank]] = self.size.rows // (topology.num_nodes - 1)
+        return {"between": self._transfer(transport, away)} if topology.num_nodes > 1 else {}
 
     def pings(self) -> dict[str, Call]:
         """One row of one value to everybody, in the node and in all."""
