@@ -1,7 +1,7 @@
 """`NodePlan`: where rows go when a token crosses to a node once; two flat plans, one over nodes and one inside them.
 
-Legend: T tokens here, K experts per token, L slots a rank, N nodes, M ranks on a node, A rows that arrive from other
-nodes, S rows sent over the rail, R rows by slot.
+Legend: T tokens here, K experts per token, J nodes a token can be on (`places`), L slots a rank, N nodes, M ranks on a
+node, A rows that arrive from other nodes, S rows sent over the rail, R rows by slot.
 
     rail     the ranks of the same number inside each node, one a node
     outer    over the rail: token t to each other node that holds one of its experts
@@ -137,7 +137,7 @@ def plan_over_nodes(
     outer, crossing = [], []
     for number, part in enumerate(parts):
         places = part.choices.places
-        going = plan_outgoing(torch.from_numpy(part.choices.stops_TN), places.topology.num_nodes)
+        going = plan_outgoing(torch.from_numpy(part.choices.stops_TJ), places.topology.num_nodes)
         slots_SK = part.choices.crossing(going.order_S.numpy())
         going = Outgoing(going.order_S.to(device), going.position_TK.to(device), going.counts_P)
         plan = complete_plan(going, part.counts.over_rail(places), rail.transport.rank, step + number)
@@ -157,7 +157,7 @@ def plan_over_nodes(
     inside = with_once([*near, *far], node)
     plans = []
     for number, part in enumerate(parts):
-        places, home = part.choices.places, _home(outer[number].outgoing, part.choices.places.node)
+        places, home = part.choices.places, _home(outer[number].outgoing, part.choices)
         known = part.weights_TK is not None
         far_weights = arrived[number][:, top_k:].contiguous().view(torch.float32) if known else None
         near_plan, far_plan = inside[number], inside[len(parts) + number]
@@ -193,13 +193,13 @@ def _restored_from(plan: DispatchPlan, places_R: Tensor) -> DispatchPlan:
     return replace(plan, restore_R=places_R if plan.restore_R is None else places_R.index_select(0, plan.restore_R))
 
 
-def _home(over_rail: Outgoing, node: int) -> Outgoing:
+def _home(over_rail: Outgoing, choices: Choices) -> Outgoing:
     """Sums over nodes, ascending: token t's near sum is row t, its other nodes' rows follow in the order sent."""
-    tokens, nodes = over_rail.position_TK.shape
-    token_T = torch.arange(tokens, device=over_rail.order_S.device)
-    position_TN = over_rail.position_TK + tokens
-    position_TN[:, node] = token_T
-    return Outgoing(torch.cat([token_T * nodes + node, over_rail.order_S]), position_TN, [])
+    tokens, device = len(over_rail.position_TK), over_rail.order_S.device
+    place_T = torch.from_numpy((choices.nodes_TJ == choices.places.node).reshape(-1).nonzero()[0]).to(device)
+    position_TJ = over_rail.position_TK + tokens
+    position_TJ.view(-1)[place_T] = torch.arange(tokens, device=device)
+    return Outgoing(torch.cat([place_T, over_rail.order_S]), position_TJ, [])
 
 
 def place(arrived: Tensor, plan: DispatchPlan, spans: list[tuple[int, int, int]], rows_RD: Tensor) -> None:

@@ -3,7 +3,8 @@
 All of a plan over nodes that needs no exchange of its own: in numpy, on the host, from slot ids and one gather of
 counts. What a rank will bring into a node, for the ranks of its rail, those ranks have told already.
 
-Legend: T tokens here, K experts per token, P slots, L slots a rank, W ranks, N nodes, M ranks on a node.
+Legend: T tokens here, K experts per token, P slots, L slots a rank, W ranks, N nodes, M ranks on a node, J nodes that a
+token can be on, which are N or K + 1.
 """
 
 from dataclasses import dataclass
@@ -77,31 +78,48 @@ class Choices:
         return np.where(self.node_TK == node, self.places.slot_in_node[self.slot_ids_TK], -1)
 
     @cached_property
-    def stops_TN(self) -> Integers:
+    def nodes_TJ(self) -> Integers:
+        """This node and those that a token chose, each once, ascending; -1 where there is none, anywhere."""
+        own_T1 = np.full((len(self.node_TK), 1), self.places.node)
+        return _distinct(np.concatenate([self.node_TK, own_T1], 1), self.places.topology.num_nodes)
+
+    @cached_property
+    def stops_TJ(self) -> Integers:
         """The rail's stop for each other node that a token chose, -1 elsewhere."""
-        wanted_TN = _which(self.node_TK, self.places.topology.num_nodes)
-        wanted_TN[:, self.places.node] = False
-        return np.where(wanted_TN, self.places.stop_of_node, -1)
+        elsewhere_TJ = (self.nodes_TJ >= 0) & (self.nodes_TJ != self.places.node)
+        return np.where(elsewhere_TJ, self.places.stop_of_node[self.nodes_TJ], -1)
 
     def crossing(self, order_S: Integers) -> npt.NDArray[np.int32]:
-        """[S, K]: what each row sent over the rail is for; order_S are t * N + node, as a plan for stops_TN has it."""
-        token_S, node_S = np.divmod(order_S, self.stops_TN.shape[1])
+        """[S, K]: what each row sent over the rail is for; order_S are t * J + j, as a plan for stops_TJ has it."""
+        token_S, node_S = order_S // self.nodes_TJ.shape[1], self.nodes_TJ.reshape(-1)[order_S]
         on_node_SK = self.node_TK[token_S] == node_S[:, None]
         return np.where(on_node_SK, self.places.slot_in_node[self.slot_ids_TK[token_S]], -1).astype(np.int32)
 
     def counts(self) -> list[int]:
         """Rows for each slot [P], tokens for each rank [W], tokens for each other node [N]: what is gathered."""
         slots, per_rank = len(self.places.node_of_slot), self.places.slots_per_rank
-        rows_P = np.bincount(self.slot_ids_TK.reshape(-1) + 1, minlength=slots + 1)[1:]
-        tokens_W = _which(self.slot_ids_TK // per_rank, slots // per_rank).sum(0)  # -1 // any number is -1
-        return [*rows_P.tolist(), *tokens_W.tolist(), *(self.stops_TN >= 0).sum(0).tolist()]
+        ranks_TK = _distinct(self.slot_ids_TK // per_rank, slots // per_rank)  # -1 // any number is -1
+        others_TJ = np.where(self.stops_TJ < 0, -1, self.nodes_TJ)
+        sizes = slots, slots // per_rank, self.places.topology.num_nodes
+        return [
+            count
+            for ids, size in zip((self.slot_ids_TK, ranks_TK, others_TJ), sizes, strict=True)
+            for count in np.bincount(ids.reshape(-1) + 1, minlength=size + 1)[1:].tolist()
+        ]
 
 
-def _which(number_TK: Integers, size: int) -> npt.NDArray[np.bool_]:
-    """[T, size]: whether a token has that number, once or more often; -1 is none."""
-    has = np.zeros((len(number_TK), size + 1), dtype=np.bool_)
-    has[np.arange(len(number_TK))[:, None], number_TK] = True  # -1 is the column behind the last
-    return has[:, :size]
+def _distinct(number_TK: Integers, size: int) -> Integers:
+    """The numbers below `size` in each row, each once, ascending; -1, which is none, may stand anywhere between.
+
+    [T, size] or [T, K], whichever is narrower: of many nodes or ranks a token knows few.
+    """
+    if size <= number_TK.shape[1]:
+        has = np.zeros((len(number_TK), size + 1), dtype=np.bool_)
+        has[np.arange(len(number_TK))[:, None], number_TK] = True  # -1 is the column behind the last
+        return np.where(has[:, :size], np.arange(size), -1)
+    sorted_TK = np.sort(number_TK, 1)
+    sorted_TK[:, 1:][sorted_TK[:, 1:] == sorted_TK[:, :-1]] = -1
+    return sorted_TK
 
 
 @dataclass(frozen=True)

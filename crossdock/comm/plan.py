@@ -30,6 +30,7 @@ from crossdock.comm.plan_kernel import place_rows_triton
 from crossdock.errors import ConfigError
 
 Integers = npt.NDArray[np.int64]
+DENSE = 16  # (rank, token) pairs for each row, above which it is faster to sort rows than to mark pairs
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,18 @@ def plan_outgoing(slot_ids_TK: Tensor, num_slots: int, device: torch.device | No
     torch call.
     """
     flat_N = slot_ids_TK.reshape(-1).cpu().numpy()
-    count = len(flat_N)
     check_slots(flat_N, num_slots)
-    order_N = (flat_N.astype(np.int16) if num_slots < 1 << 15 else flat_N).argsort(kind="stable")  # 16 bits: by radix
-    none, *counts_P = np.bincount(flat_N + 1, minlength=num_slots + 1).tolist()
-    position_N = np.empty_like(order_N)
-    position_N[order_N[none:]] = np.arange(count - none)
-    position_N[order_N[:none]] = count - none
+    here_S = (flat_N >= 0).nonzero()[0]  # of what came from other nodes a small part
+    slot_S = flat_N if len(here_S) == len(flat_N) else flat_N[here_S]
+    order_S = (slot_S.astype(np.int16) if num_slots < 1 << 15 else slot_S).argsort(kind="stable")  # 16 bits: by radix
+    if slot_S is not flat_N:
+        order_S = here_S[order_S]
+    position_N = np.full_like(flat_N, len(order_S))
+    position_N[order_S] = np.arange(len(order_S))
+    counts_P = np.bincount(slot_S, minlength=num_slots).tolist()
     device = device or slot_ids_TK.device
-    order_S, position_TK = torch.from_numpy(order_N[none:]), torch.from_numpy(position_N).view(slot_ids_TK.shape)
-    return Outgoing(order_S.to(device), position_TK.to(device), counts_P)
+    position_TK = torch.from_numpy(position_N).view(slot_ids_TK.shape)
+    return Outgoing(torch.from_numpy(order_S).to(device), position_TK.to(device), counts_P)
 
 
 def plan_on_device(slot_ids_TK: Tensor, num_slots: int, step: int, sender: Sender | None = None) -> DispatchPlan:
@@ -213,13 +216,17 @@ def plan_once(outgoing: Outgoing, world_size: int) -> Wanted:
     per_rank = len(outgoing.counts_P) // world_size
     rows_W = np.array(outgoing.counts_P, dtype=np.int64).reshape(world_size, per_rank).sum(1)
     token_S = outgoing.order_S.cpu().numpy() // top_k
-    cell_S = np.repeat(np.arange(world_size) * tokens, rows_W) + token_S
-    wanted_WT = np.zeros(world_size * tokens, dtype=np.bool_)
-    wanted_WT[cell_S] = True
-    counts_W = wanted_WT.reshape(world_size, tokens).sum(1)
-    begins_W = counts_W.cumsum() - counts_W
-    index_S = (wanted_WT.cumsum() - 1)[cell_S] - np.repeat(begins_W, rows_W)
-    token_U = wanted_WT.nonzero()[0] % max(tokens, 1)
+    cell_S = np.repeat(np.arange(world_size) * tokens, rows_W) + token_S  # (rank, token)
+    cells = world_size * tokens
+    if cells <= DENSE * len(cell_S):
+        occurs = np.zeros(cells, dtype=np.bool_)
+        occurs[cell_S] = True
+        cell_U, place_S = occurs.nonzero()[0], (occurs.cumsum() - 1)[cell_S]
+    else:
+        cell_U, place_S = np.unique(cell_S, return_inverse=True)
+    rank_U, token_U = np.divmod(cell_U, max(tokens, 1))
+    counts_W = np.bincount(rank_U, minlength=world_size)
+    index_S = place_S - np.repeat(counts_W.cumsum() - counts_W, rows_W)
     return Wanted(token_U, counts_W.tolist(), index_S.astype(np.int32), rows_W - counts_W)
 
 

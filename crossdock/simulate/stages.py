@@ -155,18 +155,18 @@ class NodeStages:
         return [self.costs.planning("plan", self.traffic.tokens_W * self.traffic.top_k)]
 
     def plan(self) -> Stages:
-        return [self.costs.planning("plan over nodes", self.traffic.tokens_W * self.traffic.nodes)]
+        stops = min(self.traffic.nodes, self.traffic.top_k + 1)
+        return [self.costs.planning("plan over nodes", self.traffic.tokens_W * stops)]
 
     def slots(self) -> Counts:
         """Bytes from rank to rank that say what a row that crosses is for, and how it is weighted."""
         return self.traffic.rail_WW * (2 * self.traffic.top_k * INDEX_BYTES)
 
     def plan_own(self) -> Stages:
-        return [self.costs.planning("plan of the node's own", self.traffic.tokens_W * self.traffic.top_k)]
+        return [self.costs.planning("plan of the node's own", self._near.each_WW.sum(1))]
 
     def plan_far(self) -> Stages:
-        arriving_W = self.traffic.rail_WW.sum(0)
-        return [self.costs.planning("plan of what comes over", arriving_W * self.traffic.top_k)]
+        return [self.costs.planning("plan of what comes over", self._far.each_WW.sum(1))]
 
     def index(self) -> Counts:
         """Bytes from rank to rank that say which row stands where."""

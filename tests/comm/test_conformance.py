@@ -16,7 +16,8 @@ Results = list[dict[str, Tensor]]
 Runner = Callable[..., list[Results]]  # of nodes, cases and form
 WORLDS = (1, 2, 3, 4)
 NODES = {"2x1": (0, 1), "2x2": (0, 0, 1, 1), "2x2 interleaved": (0, 1, 0, 1), "2x2 nested": (0, 1, 1, 0),
-         "1x4": (0, 0, 0, 0), "4x1": (0, 1, 2, 3), "3x1": (0, 1, 2), "3x2": (0, 0, 1, 1, 2, 2)}  # fmt: skip
+         "1x4": (0, 0, 0, 0), "4x1": (0, 1, 2, 3), "3x1": (0, 1, 2), "3x2": (0, 0, 1, 1, 2, 2),
+         "7x1": (0, 1, 2, 3, 4, 5, 6)}  # fmt: skip
 TO_ROUNDING = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 
 

@@ -13,6 +13,7 @@ import torch
 from crossdock import EPGroup, LocalWorld, make_transport
 from crossdock.comm import Dispatcher, LocalTransport, TorchTransport, Transport, make_dispatcher
 from crossdock.comm.node_plan import NodePlan
+from crossdock.comm.plan import DENSE, plan_once, plan_outgoing
 from crossdock.errors import CommTimeout, ConfigError, PlanMismatch, RankFailure
 from crossdock.parallel import Topology
 from tests.launch import RankError, Ranks
@@ -110,6 +111,23 @@ def test_a_token_goes_to_a_rank_once_where_that_saves_much() -> None:
 
     for hidden, expected in ((16, [240, 240]), (2048, [60, 60])):
         assert LocalWorld(2).run(lambda t, hidden=hidden: sent(t, hidden)) == [expected] * 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("ranks", [3, 200])
+@pytest.mark.parametrize("tokens", [0, 1, 50])
+def test_which_tokens_each_rank_wants(ranks: int, tokens: int) -> None:
+    """By marking (rank, token) pairs where ranks are few, and by sorting rows where they are many."""
+    ids_TK = torch.randint(-1, 2 * ranks, (tokens, 4), generator=torch.Generator().manual_seed(ranks))
+    outgoing = plan_outgoing(ids_TK, 2 * ranks)
+    wanted = plan_once(outgoing, ranks)
+    pairs = [(int(ids_TK.view(-1)[at]) // 2, int(at) // 4) for at in outgoing.order_S]  # (rank, token) of each row
+    each = [sorted({token for rank, token in pairs if rank == one}) for one in range(ranks)]
+    assert len(pairs) == int((ids_TK >= 0).sum())
+    assert tokens < 50 or (ranks * tokens > DENSE * len(pairs)) == (ranks == 200)
+    assert wanted.token_U.tolist() == [token for some in each for token in some]
+    assert wanted.counts_W == [len(some) for some in each]
+    assert wanted.index_S.tolist() == [each[rank].index(token) for rank, token in pairs]
+    assert wanted.saved_W.tolist() == [sum(rank == one for rank, _ in pairs) - len(each[one]) for one in range(ranks)]
 
 
 @pytest.mark.parametrize("hierarchy", ["flat", "node"])
