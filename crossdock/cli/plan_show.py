@@ -51,7 +51,7 @@ def show_comparison(
 def case_json(one: "Prediction") -> dict[str, Any]:
     """One prediction as it is printed; times in microseconds."""
     schedule = one.schedule
-    names = ("hierarchy", "wire", "chunks", "overlap", "placement")
+    names = ("hierarchy", "wire", "chunks", "amid", "overlap", "placement")
     return {
         "case": f"{one.ranks} ranks, {schedule}",
         "ranks": one.ranks,
@@ -76,6 +76,7 @@ def show_check(checked: "Sequence[Checked]", cluster: "Cluster", as_json: bool) 
             "case": one.case,
             "form": one.form,
             "chunks": one.predicted.schedule.chunks,
+            "amid": one.predicted.schedule.amid,
             "measured_us": one.measured_s * 1e6,
             "predicted_us": one.predicted.total_s * 1e6,
             "error": one.error,

@@ -6,7 +6,12 @@
     out --node--> sums of far tokens --rail--> home         results are summed where they were computed,
      |---node--> sums of own tokens ------------> y_TD      one row a (token, node) returns
 
-Far rows leave first. While they are under way, this node's own travel inside it and can be computed (`portions`).
+Far rows leave first. While they are under way, this node's own travel inside it and can be computed. `portions` are
+rows that can be computed one after another, near ones n and far ones f:
+
+    nf       the near ones while the far ones come
+    nnfnn    the far ones amid the near ones: both legs of their way here, and of their results' way home, have products
+             to be under way in, and each expert's weights are still read twice only, as an n is some of the experts
 
 A token's results in a node are added in the order of k, in float32, and rounded to the layer's dtype; its home adds the
 nodes' sums in ascending order, in float32, and rounds once more. So the result depends on which ranks share a node, not
@@ -19,9 +24,12 @@ another instead of one, and a rounding more for each. With 2 nodes it is this.
 Legend: T tokens, D hidden, K experts per token, A rows that arrive from other nodes, R rows by slot.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +47,8 @@ from crossdock.comm.transport import Done, Pending, Then, Transport
 from crossdock.errors import ConfigError
 
 RAIL, NODE = " between nodes", " inside the node"
+PORTIONS = {2: "nf", 5: "nnfnn"}
+CUTS = {2: (), 5: (0.25, 0.4, 0.6)}  # where near rows are divided; a leg over nodes has more to be hidden by
 
 
 class HierarchicalDispatcher(ExchangeForm):
@@ -174,6 +184,7 @@ class Arriving(Legs):
         self._near = form.node.tokens(wire_TX, plan.near)
         self._far: Pending[Tensor] | None = None
         self._far_x_AD = x_TD  # once they are here: far rows, as a function of x
+        self._near_inbound: Inbound | None = None
 
     def advance(self) -> None:
         """Waits for the rows from other nodes, and sends them on inside this one."""
@@ -186,11 +197,26 @@ class Arriving(Legs):
             self._far_x_AD = form.rail.tracked(self.x_TD, decoded, self.plan.outer)
         self._far = form.node.tokens(crossed_AX, self.plan.far)
 
-    def portions(self) -> Iterator[Inbound]:
-        """The rows of this node's own tokens, then those from other nodes; for `Returning.start`."""
-        yield self._receive_near()
+    def portions(self, number: int) -> list[Pending[Inbound]]:
+        """The rows in PORTIONS[number], to be waited for in their order; their results are for `Returning.start`."""
+        near_rows, ends_L = self.plan.near_rows, self.plan.near.ends_L
+        cuts = [int(near_rows * cut) for cut in CUTS[number]]
+        if not ends_L.is_cuda:  # between experts: the weights of one that is divided would be read once more
+            ends = np.array([0, *ends_L.tolist()])
+            cuts = [int(ends[np.abs(ends - cut).argmin()]) for cut in cuts]
+        near = iter([partial(self._near_part, *span) for span in pairwise([0, *cuts, near_rows])])
+        return [Then(self._far_part if kind == "f" else next(near)) for kind in PORTIONS[number]]
+
+    def _near_part(self, first: int, end: int) -> Inbound:
+        if self._near_inbound is None:
+            self._near_inbound = self._receive_near()
+        else:
+            self.advance()
+        return self._near_inbound.part(first, end)
+
+    def _far_part(self) -> Inbound:
         self.advance()
-        yield self._receive_far()
+        return self._receive_far()
 
     def wait(self) -> Inbound:
         """All rows, by (slot, near or far, source rank, token, k)."""
@@ -243,8 +269,11 @@ class Returning(Legs):
         plan: NodePlan,
         weights_TK: Tensor,
         plus_TD: Tensor | None,
+        portions: int = 2,
     ) -> None:
         self.form, self.plan, self.weights_TK, self.plus_TD = form, plan, weights_TK, plus_TD
+        self._to_come = PORTIONS[portions]
+        self._near: list[Tensor] = []
         known = plan.far_weights_AK
         if known is None:
             self._far_weights_AK = form.send_weights(weights_TK, plan)
@@ -255,14 +284,22 @@ class Returning(Legs):
         self._inside: dict[str, Pending[Tensor]] = {}
         self._crossing: Pending[Tensor] | None = None
 
-    def start(self, portion: str, out_RD: Tensor, plan: DispatchPlan) -> None:
-        """The experts' rows for one portion that `Arriving.portions` gave, "near" or "far", leave, by that one's plan.
+    def start(self, out_RD: Tensor, portion: Inbound) -> None:
+        """The experts' rows for the next of the portions; far ones leave at once, near ones when they are all there.
 
         Raises ConfigError for another shape, dtype or device.
         """
         expected = tuple(self.plan.near.outgoing.position_TK.shape)
-        self.form.check_combine(out_RD, sum(plan.recv_counts), self.weights_TK, expected, self.plus_TD)
-        self.send(portion, out_RD, plan)
+        self.form.check_combine(out_RD, portion.rows, self.weights_TK, expected, self.plus_TD)
+        kind, self._to_come = self._to_come[0], self._to_come[1:]
+        if kind == "f":
+            return self.send("far", out_RD, self.plan.far)
+        self._near.append(out_RD)
+        if "n" not in self._to_come:
+            self.send("near", self._near[0] if len(self._near) == 1 else torch.cat(self._near), self.plan.near)
+            self._near.clear()
+        elif "far" in self._inside:  # which had this portion's products to return in
+            self.advance()
 
     def send(self, portion: str, out_RD: Tensor, plan: DispatchPlan) -> None:
         """Results leave for the ranks where their rows entered the node. They have been checked."""

@@ -38,6 +38,18 @@ class Inbound:
             return self
         return replace(self, rows_RD=self.codec.decode(self.rows_RD, self.dtype), codec=None)
 
+    @property
+    def rows(self) -> int:
+        """R, or where the device alone knows it the most it can be."""
+        return len(self.rows_RD if self.row_ids_R is None else self.row_ids_R)
+
+    def part(self, first: int, end: int) -> "Inbound":
+        """Rows `first` to `end` of the order by slot; a slot may have none."""
+        ends_L = self.ends_L.clamp(first, end) - first
+        if self.row_ids_R is not None:
+            return replace(self, row_ids_R=self.row_ids_R[first:end], ends_L=ends_L)
+        return replace(self, rows_RD=self.rows_RD[first:end], ends_L=ends_L)
+
     def in_order(self) -> "Inbound":
         """The same with every row in its place, for experts that do not gather."""
         if self.row_ids_R is None:

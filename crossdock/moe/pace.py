@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from crossdock.comm import Codec
+from crossdock.comm.hierarchy import CUTS
 from crossdock.comm.transport import Transport
 from crossdock.moe.config import MoEConfig
 
@@ -136,19 +137,28 @@ def best_chunks(rates: Rates, work: Work, tokens: int, world_size: int) -> int:
     return best
 
 
+def amid_s(rates: Rates, work: Work, tokens: int, world_size: int, nodes: int) -> float:
+    """The same in one chunk whose rows from other nodes are computed amid those from this one."""
+    rows = tokens * work.top_k
+    near_s, far_s = products_s(rates, work, rows / nodes), products_s(rates, work, rows - rows / nodes)
+    before_s = CUTS[5][1] * near_s
+    there_s, back_s = (exchange_s(rates, size, rows, world_size) for size in (work.row_bytes, work.back_bytes))
+    return max(there_s, before_s) + far_s + max(back_s, near_s - before_s) + 2 * handling_s(rates, work, rows)
+
+
 class Pace:
     """What one layer's exchanges and products have taken on this rank, over what was predicted.
 
-    `chosen` is the last call's number of chunks, and `near_first` whether it is worth a pass over the weights to
-    compute what is near while the rest of the first chunk is under way.
+    `nodes`: 1 where rows do not travel in two legs. `chosen` is the last call's number of chunks, and `portions` how
+    many of `comm.hierarchy` the first one comes in.
     """
 
-    def __init__(self, transport: Transport, work: Work, device: torch.device) -> None:
-        self.transport, self.work = transport, work
+    def __init__(self, transport: Transport, work: Work, device: torch.device, nodes: int = 1) -> None:
+        self.transport, self.work, self.nodes = transport, work, nodes
         self.measures = device.type == "cpu"
         self.rates = CPU if self.measures else NVLINK if transport.topology.num_nodes == 1 else NETWORK
         self.exchange = self.products = self.handling = self.crowding = 1.0
-        self.chosen, self.near_first = 1, False
+        self.chosen = self.portions = 1
         self._seen: set[str] = set()
 
     def choose(self, tokens: int) -> int:
@@ -157,12 +167,20 @@ class Pace:
         gathered = self.transport.all_gather([tokens, *(round(f * UNIT) for f in factors)], "choice of chunks")
         most, *worst = (max(values) for values in zip(*gathered, strict=True))
         rates = self.rates.scaled(*(factor / UNIT for factor in worst))
-        self.chosen = best_chunks(rates, self.work, most, self.transport.world_size)
-        near_rows = most * self.work.top_k * chunk_shares(self.chosen)[0] / 2
-        passed_s = products_s(rates, self.work, 0)
-        is_worth_it = products_s(rates, self.work, near_rows) >= (1 + PASSES) * passed_s
-        self.near_first = self.chosen > 1 and is_worth_it
+        world_size = self.transport.world_size
+        self.chosen = best_chunks(rates, self.work, most, world_size)
+        self.portions = self._best_portions(rates, most, world_size) if self.nodes > 1 else 1
+        self.chosen = 1 if self.portions == 5 else self.chosen
         return self.chosen
+
+    def _best_portions(self, rates: Rates, tokens: int, world_size: int) -> int:
+        """Of the first of `chosen` chunks, or of the only one in the place of these."""
+        chunks_s = predicted_s(rates, self.work, chunk_shares(self.chosen), tokens, world_size)
+        if amid_s(rates, self.work, tokens, world_size, self.nodes) < chunks_s:
+            return 5
+        near_rows = tokens * self.work.top_k * chunk_shares(self.chosen)[0] / self.nodes
+        is_worth_it = products_s(rates, self.work, near_rows) >= (1 + PASSES) * products_s(rates, self.work, 0)
+        return 2 if self.chosen > 1 and is_worth_it else 1
 
     def saw_exchange(self, rows: int, took_s: float, waited_s: float, worked_s: float) -> None:
         """Rows that this rank sent, alone on the link; where the wait was short, they may have been here for long.

@@ -13,7 +13,8 @@ A row's bits do not depend on its chunk: routing and slots are found for all tok
 product does not depend on its company, and a token's results are added up within its chunk as they would be alone.
 
 Over nodes rows travel in two legs (`Legs`). The first ones are slow, and leave for all chunks at once; the second is
-started while the chunk before computes. Of the first chunk the node's own rows are computed while the others fly.
+started while the chunk before computes. Of the first chunk the node's own rows are computed while the others fly; of
+one that is the only one the others are computed amid these, which hides both ways for one pass over the weights more.
 
 Rejected: chunks of experts instead of tokens. Each expert's weights would be read once, but a token would cross to a
 node once for each chunk, and one loaded expert is one chunk that nothing hides.
@@ -26,15 +27,16 @@ Legend: T tokens, D hidden, K experts per token, R rows received.
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from crossdock.comm import DispatchPlan, Exchange, HierarchicalDispatcher, Inbound
-from crossdock.comm.hierarchy import Arriving, Legs, Returning
-from crossdock.comm.transport import Pending, Then
+from crossdock.comm import Exchange, HierarchicalDispatcher, Inbound
+from crossdock.comm.hierarchy import PORTIONS, Arriving, Legs, Returning
+from crossdock.comm.transport import Pending
 from crossdock.moe.config import ExchangeConfig
 from crossdock.moe.pace import Pace, Work
 from crossdock.moe.streams import Here, make_place
@@ -62,7 +64,8 @@ class Pipeline:
         is_throughput = exchange.mode == "throughput"
         self.place = make_place(device, dispatcher.transport, recorder) if is_throughput else Here()
         self.chunks = exchange.chunks
-        self.pace = Pace(dispatcher.transport, work, device) if self.chunks == 0 else None
+        nodes = dispatcher.transport.topology.num_nodes if isinstance(dispatcher, HierarchicalDispatcher) else 1
+        self.pace = Pace(dispatcher.transport, work, device, nodes) if self.chunks == 0 else None
 
     def begin(self, x_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> "Flow":
         """The plans of all chunks of x [T, D]; no row moves yet. A collective; raises what `Dispatcher.plan` does."""
@@ -85,6 +88,7 @@ class Flow:
         self._returning: list[Pending[Tensor]] = []
         self._sent = 0
         self._began_s = self._began_work_s = self._products_s = 0.0
+        self._seen = 0, 0.0, 0.0  # of one chunk: rows, seconds that their products took, and of these the thread's own
 
     def start(self) -> None:
         """The first chunk's rows leave, and the second's behind them; all chunks' where rows travel in `Legs`."""
@@ -105,12 +109,15 @@ class Flow:
             if self._sent < min(chunk + 2, len(self._chunks)):
                 self._send()
             pending = self._arriving.popleft()
-            self._current, self._is_portion = pending, chunk == 0 and self._has_portions(pending)
-            parts = _portions(pending) if self._is_portion else [pending]
-            for number, part in enumerate(parts, 1):
+            self._portions = 1 if chunk else self._portions_of(pending)
+            parts = [pending]
+            if self._portions > 1:
+                assert isinstance(pending, Arriving)
+                self._current, parts = pending, pending.portions(self._portions)
+            for number, part in enumerate(parts):
                 asked_s = time.perf_counter()
                 self._inbound = self._place.finish(part)
-                if chunk == 0 and number == len(parts) and self._pace is not None:  # all rows of the chunk are here
+                if chunk == 0 and self._pace is not None and number == PORTIONS.get(self._portions, "f").index("f"):
                     now_s, worked_s = time.perf_counter(), time.process_time() - self._began_work_s - self._products_s
                     rows = len(self._x[0]) * self._top_k
                     self._pace.saw_exchange(rows, now_s - self._began_s, now_s - asked_s, worked_s)
@@ -118,44 +125,50 @@ class Flow:
                     self._advance(self._arriving[0])
                 self._given_s = time.perf_counter(), time.thread_time(), time.process_time()
                 yield self._inbound
+            if self._pace is not None:
+                self._pace.saw_products(*self._seen)
+            self._seen = 0, 0.0, 0.0
 
-    def _has_portions(self, pending: Pending[Inbound]) -> bool:
-        """Not with one chunk, which may be a token's decoding: a portion is a pass over the experts' weights."""
-        is_worth_it = len(self._chunks) > 1 if self._pace is None else self._pace.near_first
-        return isinstance(pending, Arriving) and is_worth_it and not torch.is_grad_enabled()
+    def _portions_of(self, pending: Pending[Inbound]) -> int:
+        """Not of one chunk, unless it is worth it: it may be a token's decoding, and each n is a pass over weights."""
+        if not isinstance(pending, Arriving) or torch.is_grad_enabled():
+            return 1
+        return self._pace.portions if self._pace is not None else min(len(self._chunks), 2)
 
     def give_back(self, out_RD: Tensor, plus_TD: Tensor | None) -> None:
         """The experts' results for the rows that iteration gave last; plus [T, D], of all tokens, joins the sums."""
         if self._pace is not None:
-            given_s, given_thread_s, given_work_s = self._given_s
+            (given_s, given_thread_s, given_work_s), (rows, took_s, worked_s) = self._given_s, self._seen
             self._products_s += time.process_time() - given_work_s
-            self._pace.saw_products(len(out_RD), time.perf_counter() - given_s, time.thread_time() - given_thread_s)
+            took_s, worked_s = (took_s + time.perf_counter() - given_s, worked_s + time.thread_time() - given_thread_s)
+            self._seen = rows + len(out_RD), took_s, worked_s
         with self._recorder.span("give back"):
-            if self._is_portion and self._returning:
-                self._return_portion(self._returning[0], "far", out_RD)
+            if self._portions > 1:
+                self._return_portion(out_RD, plus_TD)
                 return
-            returning = self._begin_return(out_RD, plus_TD)
+            chunk, inbound, dispatcher = len(self._returning), self._inbound, self._dispatcher
+            weights_TK, plus = self._weights[chunk], self._of_chunk(plus_TD, chunk)
+            returning = self._place.start(
+                lambda: dispatcher.combine_async(out_RD, weights_TK, inbound, plus), out_RD, weights_TK, plus
+            )
         if self._returning:  # whose first leg had this chunk's products to return in
             self._advance(self._returning[-1])
         self._returning.append(returning)
 
-    def _begin_return(self, out_RD: Tensor, plus_TD: Tensor | None) -> Pending[Tensor]:
-        chunk, inbound, arriving, dispatcher = len(self._returning), self._inbound, self._current, self._dispatcher
-        weights_TK = self._weights[chunk]
-        plus = plus_TD if plus_TD is None or len(self._chunks) == 1 else plus_TD[self._chunks[chunk]]
-        if not self._is_portion:
-            return self._place.start(
-                lambda: dispatcher.combine_async(out_RD, weights_TK, inbound, plus), out_RD, weights_TK, plus
-            )
-        assert isinstance(arriving, Arriving) and isinstance(dispatcher, HierarchicalDispatcher)
-        returning = self._place.start(lambda: Returning(dispatcher, arriving.plan, weights_TK, plus), weights_TK, plus)
-        self._return_portion(returning, "near", out_RD)
-        return returning
+    def _return_portion(self, out_RD: Tensor, plus_TD: Tensor | None) -> None:
+        """Of the first chunk."""
+        dispatcher, plan, inbound, portions = self._dispatcher, self._current.plan, self._inbound, self._portions
+        if not self._returning:
+            assert isinstance(dispatcher, HierarchicalDispatcher)
+            weights_TK, plus = self._weights[0], self._of_chunk(plus_TD, 0)
+            begin = partial(Returning, dispatcher, plan, weights_TK, plus, portions)
+            self._returning.append(self._place.start(begin, weights_TK, plus))
+        returning = self._returning[0]
+        assert isinstance(returning, Returning)
+        self._place.start(lambda: returning.start(out_RD, inbound), out_RD)
 
-    def _return_portion(self, returning: Pending[Tensor], portion: str, out_RD: Tensor) -> None:
-        plan = self._inbound.plan
-        assert isinstance(returning, Returning) and isinstance(plan, DispatchPlan)
-        self._place.start(lambda: returning.start(portion, out_RD, plan), out_RD)
+    def _of_chunk(self, plus_TD: Tensor | None, chunk: int) -> Tensor | None:
+        return plus_TD if plus_TD is None or len(self._chunks) == 1 else plus_TD[self._chunks[chunk]]
 
     def result(self) -> Tensor:
         """y [T, D], when all results are back."""
@@ -167,12 +180,6 @@ class Flow:
     def _advance(self, pending: Pending[T]) -> None:
         if isinstance(pending, Legs):
             self._place.start(pending.advance)
-
-
-def _portions(pending: Pending[Inbound]) -> list[Pending[Inbound]]:
-    assert isinstance(pending, Arriving)
-    portions = pending.portions()
-    return [Then(lambda: next(portions))] * 2
 
 
 def chunk_slices(tokens: int, chunks: int) -> list[slice]:

@@ -86,7 +86,7 @@ def _check_case(
     for name, chunks in taken.items():
         form, whole = name.split()[0], name.endswith(LAYER)
         own, wire = FORMS[form]
-        schedule = Schedule(own or hierarchy, wire, chunks, not own)
+        schedule = Schedule(own or hierarchy, wire, chunks, not own, amid=_is_amid(case, name))
         predicted = predict(counted[chunks], shape, cluster, schedule, whole)
         was_hidden = case.get(HIDDEN[form]) if whole and form in HIDDEN else None
         yield Checked(str(case.get("case")), name, float(times[name]) * 1e-6, predicted, same_rows, was_hidden)
@@ -107,6 +107,12 @@ def _chunks(case: Mapping[str, Any], name: str) -> int:
     if not isinstance(told, dict):
         raise ConfigError(f"case {case.get('case')!r} does not say how many chunks its layers took: {told!r}")
     return _integer(told, name)
+
+
+def _is_amid(case: Mapping[str, Any], name: str) -> bool:
+    """Whether a layer of ours came in the portions in which rows from other nodes are amid the node's own."""
+    told = case.get("portions")
+    return isinstance(told, dict) and told.get(name) == 5
 
 
 def _same_rows(case: Mapping[str, Any], shape: LayerShape, traffic: Traffic) -> bool | None:

@@ -44,6 +44,8 @@ class Choice:
                 yield Schedule("plain", overlap=False, placement=placement)
             else:
                 yield Schedule(hierarchy, wire, chunks, self.overlap, placement)
+                if (hierarchy, chunks, self.overlap) == ("node", 1, True) and nodes > 1:
+                    yield Schedule(hierarchy, wire, chunks, self.overlap, placement, amid=True)
 
 
 def compare(

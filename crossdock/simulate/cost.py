@@ -135,14 +135,14 @@ class Costs:
     def decode(self, rows_W: Counts) -> Seconds:
         return rows_W * (self.shape.native_row / self.cluster.processor.decode)
 
-    def products(self, traffic: Traffic, rows_W: Counts) -> Stage:
+    def products(self, traffic: Traffic, rows_W: Counts, share: float = 1.0) -> Stage:
         """Routed experts of `rows_W` of the rows each rank has, by the slower of two bounds: operations, and weights of
-        the slots that have rows."""
+        the slots that have rows. `share` of these slots, with that share of the rows."""
         shape, processor = self.shape, self.cluster.processor
         used_W = np.minimum((traffic.rows_P.reshape(traffic.ranks, -1) > 0).sum(1), rows_W)
         operations_W = rows_W * shape.expert_flops / self._matmul
         weights_W = used_W * shape.expert_bytes / processor.weights
-        return self.work("experts", "experts", np.maximum(operations_W, weights_W))
+        return self.work("experts", "experts", share * np.maximum(operations_W, weights_W))
 
     def shared(self, traffic: Traffic) -> Stage:
         """Shared experts of the tokens' own ranks, while rows are under way."""

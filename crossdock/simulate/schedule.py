@@ -8,11 +8,12 @@
     plain   flat, a row for each (token, k), bfloat16, nothing asynchronous: all_to_all_single, a peer to compare with
 
 Two chunks are under way, or all of them over rails; while one computes, the next one arrives. Without overlap each job
-waits for the one before it.
+waits for the one before it. `amid`: one chunk over nodes, whose rows from other nodes are computed amid the node's own.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from crossdock.errors import ConfigError
 from crossdock.simulate.cluster import Cluster
@@ -25,6 +26,7 @@ from crossdock.simulate.traffic import Traffic
 HIERARCHIES = ("flat", "node", "ring", "plain")
 WIRES = ("bf16", "fp8")
 PLACEMENTS = ("contiguous", "balanced")
+CUTS = (0.25, 0.4, 0.6)  # where own rows are divided that others are computed amid, as in `comm.hierarchy`
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Schedule:
     chunks: int = 1
     overlap: bool = True
     placement: str = "contiguous"
+    amid: bool = False
 
     def __post_init__(self) -> None:
         for name, among in (("hierarchy", HIERARCHIES), ("wire", WIRES), ("placement", PLACEMENTS)):
@@ -46,10 +49,13 @@ class Schedule:
             raise ConfigError(f"chunks must be at least 1, found {self.chunks}")
         if self.hierarchy == "plain" and (self.wire, self.chunks) != ("bf16", 1):
             raise ConfigError("hierarchy 'plain' is bfloat16 in one chunk")
+        if self.amid and (self.hierarchy, self.chunks) != ("node", 1):
+            raise ConfigError("rows are computed amid others in one chunk of hierarchy 'node'")
 
     def __str__(self) -> str:
         parts = [f"{self.hierarchy} {self.wire}"]
         parts += [f"{self.chunks} chunks"] if self.chunks > 1 else []
+        parts += ["amid"] if self.amid else []
         parts += [] if self.overlap else ["in turn"]
         parts += [self.placement] if self.placement != "contiguous" else []
         return ", ".join(parts)
@@ -76,11 +82,13 @@ def program(
         else:
             forms.append(NodeStages(costs, traffic, fp8, schedule.hierarchy == "ring"))
     writer = _Writer(schedule.overlap and schedule.hierarchy != "plain")
-    _write(writer, forms, experts and bool(shape.shared), experts)
+    _write(writer, forms, experts and bool(shape.shared), experts, schedule.amid)
     return Program(tuple(writer.jobs), tuple(writer.loads))
 
 
-def _write(writer: "_Writer", forms: Sequence[FlatStages | NodeStages], shared: bool, experts: bool) -> None:
+def _write(
+    writer: "_Writer", forms: Sequence[FlatStages | NodeStages], shared: bool, experts: bool, amid: bool
+) -> None:
     """The order of `moe.pipeline.Flow`."""
     last = len(forms) - 1
     in_legs = isinstance(forms[0], NodeStages)
@@ -93,8 +101,8 @@ def _write(writer: "_Writer", forms: Sequence[FlatStages | NodeStages], shared: 
     for chunk, form in enumerate(forms):
         if not in_legs and 0 < chunk < last:
             writer.work(chunk + 1, forms[chunk + 1].send())
-        if last and not chunk and isinstance(form, NodeStages) and experts:
-            _write_portions(writer, form)
+        if (last or amid) and not chunk and isinstance(form, NodeStages) and experts:
+            _write_portions(writer, form, amid)
             continue
         writer.go_on(chunk, "place", form.place())
         if chunk < 2:  # later chunks have been passed on below
@@ -107,7 +115,8 @@ def _write(writer: "_Writer", forms: Sequence[FlatStages | NodeStages], shared: 
         writer.work(chunk, form.give_back())
         if chunk:
             writer.go_on(chunk - 1, "pass_back", forms[chunk - 1].pass_back())
-    writer.go_on(last, "pass_back", forms[last].pass_back())
+    if writer.awaits(last, "pass_back"):
+        writer.go_on(last, "pass_back", forms[last].pass_back())
     for chunk, form in enumerate(forms):
         writer.go_on(chunk, "finish", form.finish())
 
@@ -129,15 +138,24 @@ def _write_plans(writer: "_Writer", forms: Sequence[FlatStages | NodeStages]) ->
     writer.wait(0, "send")
 
 
-def _write_portions(writer: "_Writer", form: NodeStages) -> None:
-    """The first of several chunks: its node's own rows are computed while the others are under way."""
+def _write_portions(writer: "_Writer", form: NodeStages, amid: bool) -> None:
+    """The first chunk: its node's own rows are computed while the others are under way, or some also after them."""
+    first, second, third, fourth = (end - begin for begin, end in pairwise([0.0, *CUTS, 1.0]))
     writer.go_on(0, "place", form.place())
-    writer.work(0, form.products_of_own())
-    writer.work(0, form.give_back_own())
+    writer.work(0, form.products_of_own(first if amid else 1.0))
+    if not amid:
+        writer.work(0, form.give_back_own())
     writer.go_on(0, "pass_on", form.pass_on())
+    if amid:
+        writer.work(0, form.products_of_own(second))
     writer.go_on(0, "arrive", form.arrive())
     writer.work(0, form.products_of_far())
     writer.work(0, form.give_back_far())
+    if amid:
+        writer.work(0, form.products_of_own(third))
+        writer.go_on(0, "pass_back", form.pass_back())
+        writer.work(0, form.products_of_own(fourth))
+        writer.work(0, form.give_back_own())
 
 
 class _Writer:
@@ -159,6 +177,10 @@ class _Writer:
     def wait(self, chunk: int, step: str) -> None:
         """For this chunk's exchanges that bring what the step needs."""
         self._behind = [*self._behind, *self._flying.pop((chunk, step), [])]
+
+    def awaits(self, chunk: int, step: str) -> bool:
+        """Whether an exchange brings what the step needs, and has not been waited for."""
+        return (chunk, step) in self._flying
 
     def go_on(self, chunk: int, step: str, stages: Sequence[Stage]) -> None:
         """Waits, where there is something to do then."""

@@ -211,9 +211,9 @@ class NodeStages:
     def give_back(self) -> Stages:
         return [*self.give_back_far(), *self.give_back_own()]
 
-    def products_of_own(self) -> Stages:
-        """Of the node's own tokens alone, while other nodes' rows are under way."""
-        return [self.costs.products(self.traffic, self._near.each_WW.sum(0))]
+    def products_of_own(self, share: float = 1.0) -> Stages:
+        """Of the node's own tokens alone, while other nodes' rows are under way; `share` of the experts."""
+        return [self.costs.products(self.traffic, self._near.each_WW.sum(0), share)]
 
     def products_of_far(self) -> Stages:
         return [self.costs.products(self.traffic, self._far.each_WW.sum(0))]

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crossdock.comm import Dispatcher, DispatchPlan, HierarchicalDispatcher, Inbound, Transport
+from crossdock.comm import Dispatcher, HierarchicalDispatcher, Inbound, Transport
 from crossdock.comm.hierarchy import Arriving, Returning
 
-FORMS = ("flat", "node", "node in portions", "node, weights later")
+FORMS = ("flat", "node", "node in 2 portions", "node in 5 portions", "node, weights later")
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def exchange(transport: Transport, case: Case, form: str = "flat") -> dict[str, 
         nodes = HierarchicalDispatcher(transport, slots, case.hidden, case.dtype)
         plan = nodes.plan(ids_TK, None if form == "node, weights later" else weights_TK)
         arriving = nodes.dispatch_async(x_TD, plan)
-        if form == "node in portions":
-            y_TD = in_portions(nodes, arriving, weights_TK, compute)
+        if "portions" in form:
+            y_TD = in_portions(nodes, arriving, weights_TK, compute, int(form.split()[2]))
             inbound = nodes.dispatch(x_TD, plan)
         else:
             inbound = arriving.wait()
@@ -122,15 +122,19 @@ def exchange(transport: Transport, case: Case, form: str = "flat") -> dict[str, 
 
 
 def in_portions(
-    nodes: HierarchicalDispatcher, arriving: Arriving, weights_TK: Tensor, compute: Callable[[Inbound], Tensor]
+    nodes: HierarchicalDispatcher,
+    arriving: Arriving,
+    weights_TK: Tensor,
+    compute: Callable[[Inbound], Tensor],
+    number: int,
 ) -> Tensor:
-    """As the layer's pipeline does it: the near rows' results return while the far ones are computed."""
+    """As the layer's pipeline does it: one portion's results return while the next is computed."""
     returning: Returning | None = None
-    for name, portion in zip(("near", "far"), arriving.portions(), strict=True):
+    for pending in arriving.portions(number):
+        portion = pending.wait()
         out_RD = compute(portion)
-        returning = returning or Returning(nodes, arriving.plan, weights_TK, None)
-        assert isinstance(portion.plan, DispatchPlan)
-        returning.start(name, out_RD, portion.plan)
+        returning = returning or Returning(nodes, arriving.plan, weights_TK, None, number)
+        returning.start(out_RD, portion)
     assert returning is not None
     return returning.wait()
 

@@ -248,10 +248,10 @@ def test_wrong_arguments_are_named() -> None:
         with pytest.raises(ConfigError, match="plus_TD is on meta, but out_RD is on cpu"):
             exchange.combine(rows_RD, ones, inbound, torch.ones(6, 5, device="meta"))
         arriving = exchange.dispatch_async(torch.ones(6, 5), plan)
-        near = next(arriving.portions())
+        near = arriving.portions(2)[0].wait()
         returning = Returning(exchange, plan, ones, None)
         with pytest.raises(ConfigError, match=rf"out_RD must be torch.float32 \[{len(near.rows_RD)}, 5\], found"):
-            returning.start("near", rows_RD, plan.near)
+            returning.start(rows_RD, near)
         flat = Dispatcher(LocalTransport(), 8, 5, torch.float32)
         other = flat.dispatch(torch.ones(6, 5), flat.plan(ids_of(0)))
         with pytest.raises(ConfigError, match="found rows of another form"):

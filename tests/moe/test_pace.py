@@ -84,15 +84,25 @@ def test_what_the_processor_does_for_an_exchange_is_not_hidden() -> None:
 
 
 def test_near_rows_are_computed_first_where_they_are_worth_a_pass_over_the_weights() -> None:
-    def choose(transport: Transport) -> list[tuple[int, bool]]:
-        pace = Pace(transport, WORK, torch.device("cpu"))
+    def choose(transport: Transport) -> list[tuple[int, int]]:
+        pace = Pace(transport, WORK, torch.device("cpu"), nodes=2)
         pace.exchange = 30.0
-        found = [(pace.choose(4096), pace.near_first)]
+        found = [(pace.choose(4096), pace.portions)]
         pace.work = replace(WORK, weight_bytes=WORK.weight_bytes * 100)
-        found.append((pace.choose(4096), pace.near_first))
-        return [*found, (pace.choose(1), pace.near_first)]
+        found.append((pace.choose(4096), pace.portions))
+        return [*found, (pace.choose(1), pace.portions)]
 
     for few, many, one in LocalWorld(2).run(choose):
-        assert few[0] > 1 and few[1]
-        assert many[0] > 1 and not many[1]
-        assert one == (1, False)
+        assert few[0] > 1 and few[1] == 2
+        assert many == (1, 5), "two passes hide more than they cost, and three do not"
+        assert one == (1, 1)
+
+
+def test_far_rows_are_computed_amid_near_ones_where_passes_weigh_more_than_ends() -> None:
+    def choose(transport: Transport, nodes: int) -> list[tuple[int, int]]:
+        pace = Pace(transport, WORK, torch.device("cpu"), nodes)
+        pace.exchange = 2.0
+        return [(pace.choose(tokens), pace.portions) for tokens in (1, 512)]
+
+    for nodes, expected in ((1, [(1, 1), (1, 1)]), (2, [(1, 1), (1, 5)])):
+        assert LocalWorld(2).run(lambda t, n=nodes: choose(t, n)) == [expected] * 2  # type: ignore[misc]

@@ -225,21 +225,24 @@ def test_ranks_with_other_chunks_are_told_apart_between_processes(chunks: tuple[
 
 
 def test_links_are_measured_by_rows_of_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over nodes the first chunk comes in two portions: once the far one is here, and not before, is its time taken."""
-    monkeypatch.setattr(Pace, "choose", lambda self, tokens: 3)
+    """Over nodes the first chunk comes in portions: once the far one is here, and not before, is its time taken."""
+    monkeypatch.setattr(Pace, "choose", lambda self, tokens: 3 if self.portions == 2 else 1)
 
-    def notes(transport: Transport) -> list[str]:
+    def notes(transport: Transport, portions: int) -> list[str]:
         layer, found = build(transport, ExchangeConfig(chunks=0, hierarchy="node")), list[str]()
         assert layer.pipeline.pace is not None
-        layer.pipeline.pace.near_first = True
+        layer.pipeline.pace.portions = portions
         monkeypatch.setattr(layer.pipeline.pace, "saw_exchange", lambda *_: found.append("measured"))
         layer.experts.register_forward_pre_hook(lambda *_: found.append("experts"))
         with torch.no_grad():
             layer(noise(TOKENS, 36, seed=2))
         return found
 
-    for found in LocalWorld(4, topology=Topology((0, 0, 1, 1))).run(notes):
+    world = LocalWorld(4, topology=Topology((0, 0, 1, 1)))
+    for found in world.run(lambda transport: notes(transport, 2)):
         assert found == ["experts", "measured", "experts", "experts", "experts"]
+    for found in world.run(lambda transport: notes(transport, 5)):
+        assert found == ["experts", "experts", "measured", "experts", "experts", "experts"]
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def _row(case: "Case", found: "Found") -> dict[str, Any]:
         row[f"arrivals_seen_at_the_wait_only{name}"] = found.unseen[wire]
         # of the exchange's time, what the layer does not take beyond the time of its products
         row[f"saved_fraction{name}"] = (took[wire] + took["experts"] - took[f"{wire} layer"]) / took[wire]
-    row["chunks"] = found.chunks
+    row["chunks"], row["portions"] = found.chunks, found.portions
     row["internode_bytes_plain"] = found.crossed["plain"]
     row["compute_to_communication"] = took["experts"] / took["bf16"]
     row["compute_to_plain"] = took["experts"] / took["plain"]

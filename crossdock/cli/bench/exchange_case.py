@@ -30,7 +30,7 @@ from crossdock.routing import Routing
 from crossdock.simulate import rank_choices
 
 EXPERTS, TOP_K = 64, 8
-CHUNKS = 4  # in which traffic can hide; where ranks share cores, fewer chunks may be faster and hide less
+CHUNKS = 8  # in which all but a fourteenth of the traffic can hide; fewer may be faster and hide less
 TOLERANCE = {"plain": 0.01, "bf16": 0.01, "fp8": 0.08}  # of the largest value: sums in bfloat16, e4m3 has 3 bits
 # Of a token's result as a vector. One wrong expert of eight, whose results are alike in size and otherwise unrelated,
 # changes it by about sqrt(2 / 8) = 0.5, and by 0.2 at least in layers as small as 128 by 32; sums in bfloat16 change it
@@ -67,7 +67,8 @@ class Case:
 class Found:
     """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire, and
     in CHUNKS; unseen: flights of those calls whose arrival was seen no sooner than at the wait, which makes the parts
-    too large. chunks: how many a layer took in most rounds, by the name of its time.
+    too large. chunks: how many a layer took in most rounds, by the name of its time, and in how many portions the first
+    of them came (`crossdock.comm.hierarchy`).
 
     crossed, minimum: bytes of rows between nodes in one exchange, there and back, over all ranks, by form; the minimum
     is each (token, node) pair once. metadata: bytes of integers and weights beside them.
@@ -78,6 +79,7 @@ class Found:
     hidden_in_chunks: dict[str, float | None]
     unseen: dict[str, int]
     chunks: dict[str, int]
+    portions: dict[str, int]
     crossed: dict[str, int]
     minimum: dict[str, int]
     metadata: dict[str, int]
@@ -109,7 +111,7 @@ class Ours:
             device=device,
         ).requires_grad_(False)
         self.chosen = _Chosen()
-        self.chunks: list[int] = []  # of each call of `whole`
+        self.chunks: list[tuple[int, int]] = []  # of each call of `whole`, and portions
         self.layer.router = cast(Any, self.chosen)
 
     def exchange(self, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -132,7 +134,8 @@ class Ours:
         self.chosen.routing = routing
         y_TD: Tensor = self.layer(x_TD)
         pipeline = self.layer.pipeline
-        self.chunks.append(pipeline.chunks if pipeline.pace is None else pipeline.pace.chosen)
+        pace = pipeline.pace
+        self.chunks.append((pipeline.chunks, 0) if pace is None else (pace.chosen, pace.portions))
         return y_TD
 
 
@@ -186,11 +189,13 @@ class Contenders:
         calls |= self._parts(x_TD, routing)
         times = compare_ranks(calls, self.transport, self.device, budget_s, rounds)
         rounds_taken = len(times["plain"])
-        chunks = {f"{wire} layer": mode(ours.chunks[-rounds_taken:]) for wire, ours in self.ours.items()}
+        most = {f"{wire} layer": mode(ours.chunks[-rounds_taken:]) for wire, ours in self.ours.items()}
+        chunks, portions = ({name: taken[at] for name, taken in most.items()} for at in (0, 1))
         flights = {wire: self._flights(ours, ours.whole, x_TD, routing) for wire, ours in self.ours.items()}
         divided = {wire: self._flights(ours, ours.in_chunks, x_TD, routing) for wire, ours in self.ours.items()}
         unseen = {wire: flights[wire]["unseen"] + divided[wire]["unseen"] for wire in self.ours}
-        return Found(times, _hidden(flights), _hidden(divided), unseen, chunks, crossed, minimum, metadata)
+        hidden = _hidden(flights), _hidden(divided)
+        return Found(times, *hidden, unseen, chunks, portions, crossed, minimum, metadata)
 
     def _bytes(self, routing: Routing) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
         """(rows that crossed, rows that must, integers that crossed): bytes by form, of one exchange of each."""
