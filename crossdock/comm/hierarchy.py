@@ -11,7 +11,7 @@ rows that can be computed one after another, near ones n and far ones f:
 
     nf       the near ones while the far ones come
     nnfnn    the far ones amid the near ones: both legs of their way here, and of their results' way home, have products
-             to be under way in, and each expert's weights are still read twice only, as an n is some of the experts
+             to be under way in, and most experts' weights are still read twice only, as an n is some of the experts
 
 A token's results in a node are added in the order of k, in float32, and rounded to the layer's dtype; its home adds the
 nodes' sums in ascending order, in float32, and rounds once more. So the result depends on which ranks share a node, not
@@ -49,6 +49,7 @@ from crossdock.errors import ConfigError
 RAIL, NODE = " between nodes", " inside the node"
 PORTIONS = {2: "nf", 5: "nnfnn"}
 CUTS = {2: (), 5: (0.25, 0.4, 0.6)}  # where near rows are divided; a leg over nodes has more to be hidden by
+MOVED = 0.07  # part of the near rows by which a cut may move to stand between two experts
 
 
 class HierarchicalDispatcher(ExchangeForm):
@@ -201,9 +202,10 @@ class Arriving(Legs):
         """The rows in PORTIONS[number], to be waited for in their order; their results are for `Returning.start`."""
         near_rows, ends_L = self.plan.near_rows, self.plan.near.ends_L
         cuts = [int(near_rows * cut) for cut in CUTS[number]]
-        if not ends_L.is_cuda:  # between experts: the weights of one that is divided would be read once more
+        if not ends_L.is_cuda:  # the weights of an expert that is divided are read once more
             ends = np.array([0, *ends_L.tolist()])
-            cuts = [int(ends[np.abs(ends - cut).argmin()]) for cut in cuts]
+            between = [int(ends[np.abs(ends - cut).argmin()]) for cut in cuts]
+            cuts = [b if abs(b - cut) <= MOVED * near_rows else cut for b, cut in zip(between, cuts, strict=True)]
         near = iter([partial(self._near_part, *span) for span in pairwise([0, *cuts, near_rows])])
         return [Then(self._far_part if kind == "f" else next(near)) for kind in PORTIONS[number]]
 

@@ -1,4 +1,5 @@
-"""How many chunks a call is divided into: a cost model, corrected by what earlier calls took.
+"""How many chunks a call is divided into, and in how many portions the first one comes: a cost model, corrected by
+what earlier calls took.
 
 More chunks hide more of the traffic, and cost more: each is an exchange and a pass over the experts' weights. The model
 plays the order of events of `crossdock.moe.pipeline` on one link and one processor, for each number of chunks, with
@@ -138,9 +139,10 @@ def best_chunks(rates: Rates, work: Work, tokens: int, world_size: int) -> int:
 
 
 def amid_s(rates: Rates, work: Work, tokens: int, world_size: int, nodes: int) -> float:
-    """The same in one chunk whose rows from other nodes are computed amid those from this one."""
+    """The same in one chunk whose rows from other nodes are computed amid those from this one, in four parts."""
     rows = tokens * work.top_k
     near_s, far_s = products_s(rates, work, rows / nodes), products_s(rates, work, rows - rows / nodes)
+    near_s += len(CUTS[5]) * rates.pass_s
     before_s = CUTS[5][1] * near_s
     there_s, back_s = (exchange_s(rates, size, rows, world_size) for size in (work.row_bytes, work.back_bytes))
     return max(there_s, before_s) + far_s + max(back_s, near_s - before_s) + 2 * handling_s(rates, work, rows)
@@ -149,8 +151,9 @@ def amid_s(rates: Rates, work: Work, tokens: int, world_size: int, nodes: int) -
 class Pace:
     """What one layer's exchanges and products have taken on this rank, over what was predicted.
 
-    `nodes`: 1 where rows do not travel in two legs. `chosen` is the last call's number of chunks, and `portions` how
-    many of `comm.hierarchy` the first one comes in.
+    `nodes`: 1 where rows do not travel in two legs. `chosen` is the last call's number of chunks, and `portions` those
+    of `comm.hierarchy` in which the first one came. Of five, the host waits for some while others are computed: on a
+    GPU it would be streams that wait, which has not been measured, and they are not chosen.
     """
 
     def __init__(self, transport: Transport, work: Work, device: torch.device, nodes: int = 1) -> None:
@@ -161,22 +164,26 @@ class Pace:
         self.chosen = self.portions = 1
         self._seen: set[str] = set()
 
-    def choose(self, tokens: int) -> int:
-        """The number of chunks for a call with so many tokens here; a collective, the same on every rank."""
+    def choose(self, tokens: int, whole: bool) -> tuple[int, int]:
+        """The number of chunks, and of portions of the first one, for a call with so many tokens here.
+
+        A collective, the same on every rank. `whole`: no portions, as where gradients are asked for.
+        """
         factors = self.exchange, self.products, self.handling * self.crowding
-        gathered = self.transport.all_gather([tokens, *(round(f * UNIT) for f in factors)], "choice of chunks")
-        most, *worst = (max(values) for values in zip(*gathered, strict=True))
+        values = [tokens, int(whole), *(round(f * UNIT) for f in factors)]
+        gathered = self.transport.all_gather(values, "choice of chunks")
+        most, is_whole, *worst = (max(values) for values in zip(*gathered, strict=True))
         rates = self.rates.scaled(*(factor / UNIT for factor in worst))
         world_size = self.transport.world_size
         self.chosen = best_chunks(rates, self.work, most, world_size)
-        self.portions = self._best_portions(rates, most, world_size) if self.nodes > 1 else 1
+        self.portions = 1 if is_whole or self.nodes == 1 else self._best_portions(rates, most, world_size)
         self.chosen = 1 if self.portions == 5 else self.chosen
-        return self.chosen
+        return self.chosen, self.portions
 
     def _best_portions(self, rates: Rates, tokens: int, world_size: int) -> int:
         """Of the first of `chosen` chunks, or of the only one in the place of these."""
         chunks_s = predicted_s(rates, self.work, chunk_shares(self.chosen), tokens, world_size)
-        if amid_s(rates, self.work, tokens, world_size, self.nodes) < chunks_s:
+        if self.measures and amid_s(rates, self.work, tokens, world_size, self.nodes) < WORTH * chunks_s:
             return 5
         near_rows = tokens * self.work.top_k * chunk_shares(self.chosen)[0] / self.nodes
         is_worth_it = products_s(rates, self.work, near_rows) >= (1 + PASSES) * products_s(rates, self.work, 0)
@@ -195,9 +202,10 @@ class Pace:
         found = self._learn("exchange", self.exchange, fixed_s, all_s, link_s)
         self.exchange = found if waited_s > SHORT * took_s else min(found, self.exchange)
 
-    def saw_products(self, rows: int, took_s: float, worked_s: float) -> None:
-        """Rows that went through this rank's experts. worked_s: of the thread that called them."""
-        fixed_s, all_s = (products_s(self.rates, self.work, n) for n in (0, rows))
+    def saw_products(self, rows: int, took_s: float, worked_s: float, passes: int = 1) -> None:
+        """Rows that went through this rank's experts in so many passes. worked_s: of the thread that called them."""
+        fixed_s = passes * products_s(self.rates, self.work, 0)
+        all_s = fixed_s + products_s(self.rates, self.work, rows) - products_s(self.rates, self.work, 0)
         self.products = self._learn("products", self.products, fixed_s, all_s, took_s)
         if worked_s > 0 and all_s >= 2 * fixed_s:
             self.crowding = self._towards("crowding", self.crowding, min(took_s / worked_s, MOST_CROWDED))

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from crossdock.comm import Exchange, HierarchicalDispatcher, Inbound
-from crossdock.comm.hierarchy import PORTIONS, Arriving, Legs, Returning
+from crossdock.comm.hierarchy import Arriving, Legs, Returning
 from crossdock.comm.transport import Pending
 from crossdock.moe.config import ExchangeConfig
 from crossdock.moe.pace import Pace, Work
@@ -69,19 +69,31 @@ class Pipeline:
 
     def begin(self, x_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> "Flow":
         """The plans of all chunks of x [T, D]; no row moves yet. A collective; raises what `Dispatcher.plan` does."""
-        chunks = self.chunks if self.pace is None else self.pace.choose(len(x_TD))
+        whole = torch.is_grad_enabled() or not isinstance(self.dispatcher, HierarchicalDispatcher)
+        if self.pace is not None:
+            chunks, portions = self.pace.choose(len(x_TD), whole)
+        else:  # one chunk stays whole: it may be a token's decoding, and portions are passes over the experts' weights
+            chunks, portions = self.chunks, 1 if whole else min(self.chunks, 2)
         with self.recorder.span("plan"):
-            return Flow(self, chunk_slices(len(x_TD), chunks), x_TD, slot_ids_TK, weights_TK)
+            return Flow(self, chunk_slices(len(x_TD), chunks), portions, x_TD, slot_ids_TK, weights_TK)
 
 
 class Flow:
     """One call: `start`, then one `give_back` for each inbound that iteration gives, then `result`."""
 
     def __init__(
-        self, pipeline: Pipeline, chunks: list[slice], x_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor
+        self,
+        pipeline: Pipeline,
+        chunks: list[slice],
+        portions: int,
+        x_TD: Tensor,
+        slot_ids_TK: Tensor,
+        weights_TK: Tensor,
     ) -> None:
+        """`portions`: of the first chunk."""
         self._dispatcher, self._place, self._pace = pipeline.dispatcher, pipeline.place, pipeline.pace
         self._recorder, self._chunks, self._top_k = pipeline.recorder, chunks, slot_ids_TK.shape[1]
+        self._portions_of_first = portions
         self._x, self._weights = _divide(x_TD, chunks), _divide(weights_TK, chunks)
         self._plans = self._dispatcher.plans(_divide(slot_ids_TK, chunks), self._weights)
         self._arriving: deque[Pending[Inbound]] = deque()
@@ -109,7 +121,7 @@ class Flow:
             if self._sent < min(chunk + 2, len(self._chunks)):
                 self._send()
             pending = self._arriving.popleft()
-            self._portions = 1 if chunk else self._portions_of(pending)
+            self._portions = 1 if chunk else self._portions_of_first
             parts = [pending]
             if self._portions > 1:
                 assert isinstance(pending, Arriving)
@@ -117,7 +129,7 @@ class Flow:
             for number, part in enumerate(parts):
                 asked_s = time.perf_counter()
                 self._inbound = self._place.finish(part)
-                if chunk == 0 and self._pace is not None and number == PORTIONS.get(self._portions, "f").index("f"):
+                if chunk == 0 and self._pace is not None and number == min(self._portions, 2) - 1:  # all have crossed
                     now_s, worked_s = time.perf_counter(), time.process_time() - self._began_work_s - self._products_s
                     rows = len(self._x[0]) * self._top_k
                     self._pace.saw_exchange(rows, now_s - self._began_s, now_s - asked_s, worked_s)
@@ -126,14 +138,8 @@ class Flow:
                 self._given_s = time.perf_counter(), time.thread_time(), time.process_time()
                 yield self._inbound
             if self._pace is not None:
-                self._pace.saw_products(*self._seen)
+                self._pace.saw_products(*self._seen, passes=min(self._portions, 2))
             self._seen = 0, 0.0, 0.0
-
-    def _portions_of(self, pending: Pending[Inbound]) -> int:
-        """Not of one chunk, unless it is worth it: it may be a token's decoding, and each n is a pass over weights."""
-        if not isinstance(pending, Arriving) or torch.is_grad_enabled():
-            return 1
-        return self._pace.portions if self._pace is not None else min(len(self._chunks), 2)
 
     def give_back(self, out_RD: Tensor, plus_TD: Tensor | None) -> None:
         """The experts' results for the rows that iteration gave last; plus [T, D], of all tokens, joins the sums."""

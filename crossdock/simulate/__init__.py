@@ -17,7 +17,6 @@ Two nodes of 8 GPUs, a layer of DeepSeek-V3, 2048 tokens a rank:
 >>> [found] = compare(shape, cluster, Drawn.skewed(shape), 2048, [16], choice)
 >>> for one in found:
 ...     print(f"{one.schedule}: {one.total_s * 1e6:.0f} us, {one.bytes['inter'].max / 1e6:.1f} MB between nodes")
-node fp8, amid: 4238 us, 43.2 MB between nodes
 node fp8: 4708 us, 43.2 MB between nodes
 flat fp8: 5801 us, 160.5 MB between nodes
 """

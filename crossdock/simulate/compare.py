@@ -33,8 +33,8 @@ class Choice:
     spare: int = 1
     overlap: bool = True
 
-    def schedules(self, placement: str, nodes: int) -> Iterator[Schedule]:
-        """Those that differ from one another on so many nodes."""
+    def schedules(self, placement: str, nodes: int, amid: bool = False) -> Iterator[Schedule]:
+        """Those that differ from one another on so many nodes; `amid` too, where layers may choose that."""
         for hierarchy, wire, chunks in product(self.hierarchies, self.wires, self.chunks):
             if nodes == 1 and hierarchy in ("node", "ring") and "flat" in self.hierarchies:
                 continue
@@ -44,7 +44,7 @@ class Choice:
                 yield Schedule("plain", overlap=False, placement=placement)
             else:
                 yield Schedule(hierarchy, wire, chunks, self.overlap, placement)
-                if (hierarchy, chunks, self.overlap) == ("node", 1, True) and nodes > 1:
+                if amid and (hierarchy, chunks, self.overlap) == ("node", 1, True):
                     yield Schedule(hierarchy, wire, chunks, self.overlap, placement, amid=True)
 
 
@@ -66,7 +66,7 @@ def compare(
             else:
                 slots = Slots.contiguous(shape.experts, world)
             counted = count_chunks(blocks, slots, world // nodes, tokens, {*choice.chunks, 1})
-            for schedule in choice.schedules(placement, nodes):
+            for schedule in choice.schedules(placement, nodes, nodes > 1 and not cluster.processor.host):
                 found.append(predict(counted[schedule.chunks], shape, cluster, schedule))
         yield sorted(found, key=lambda prediction: prediction.total_s)
 

@@ -139,9 +139,9 @@ def chunks_of(group: EPGroup) -> tuple[dict[str, int], list[int]]:
         pace = contenders.ours["bf16"].layer.pipeline.pace
         assert pace is not None
 
-        def choose_next(tokens: int) -> int:
+        def choose_next(tokens: int, whole: bool) -> tuple[int, int]:
             pace.chosen = next(chosen)
-            return pace.chosen
+            return pace.chosen, pace.portions
 
         pace.choose = choose_next  # type: ignore[method-assign]
         told = contenders.measure(Case(128, 16, "random"), 0.1, 2).chunks

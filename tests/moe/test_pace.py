@@ -41,10 +41,10 @@ def test_cost_model_hides_all_but_the_ends() -> None:
 def test_all_ranks_choose_the_same_number_from_what_they_measured() -> None:
     def choose(transport: Transport) -> list[int]:
         pace = Pace(transport, WORK, torch.device("cpu"))
-        first = pace.choose(4096 * transport.rank)
+        first, _ = pace.choose(4096 * transport.rank, False)
         if transport.rank == 1:  # one slow link is everybody's
             pace.saw_exchange(1000, 0.1, 0.1, 0.001)
-        return [first, pace.choose(4096 * transport.rank)]
+        return [first, pace.choose(4096 * transport.rank, False)[0]]
 
     chosen = LocalWorld(3).run(choose)
     assert chosen[0] == chosen[1] == chosen[2]
@@ -72,10 +72,10 @@ def test_what_the_processor_does_for_an_exchange_is_not_hidden() -> None:
         products_s = CPU.operation_s * WORK.row_operations * rows / 10
         pace.saw_products(rows, 2 * products_s, products_s)
         pace.saw_exchange(rows, 2 * worked_s, worked_s, worked_s)
-        link, idle = pace.exchange, pace.choose(4096)
+        link, idle = pace.exchange, pace.choose(4096, False)[0]
         for _ in range(3):
             pace.saw_exchange(rows, 12 * worked_s, 10 * worked_s, worked_s)
-        return pace.crowding, link, idle, pace.choose(4096)
+        return pace.crowding, link, idle, pace.choose(4096, False)[0]
 
     for crowding, link, idle, busy in LocalWorld(2).run(choose):
         assert crowding == pytest.approx(2.0)
@@ -87,10 +87,10 @@ def test_near_rows_are_computed_first_where_they_are_worth_a_pass_over_the_weigh
     def choose(transport: Transport) -> list[tuple[int, int]]:
         pace = Pace(transport, WORK, torch.device("cpu"), nodes=2)
         pace.exchange = 30.0
-        found = [(pace.choose(4096), pace.portions)]
+        found = [pace.choose(4096, False)]
         pace.work = replace(WORK, weight_bytes=WORK.weight_bytes * 100)
-        found.append((pace.choose(4096), pace.portions))
-        return [*found, (pace.choose(1), pace.portions)]
+        found.append(pace.choose(4096, False))
+        return [*found, pace.choose(1, False)]
 
     for few, many, one in LocalWorld(2).run(choose):
         assert few[0] > 1 and few[1] == 2
@@ -99,10 +99,24 @@ def test_near_rows_are_computed_first_where_they_are_worth_a_pass_over_the_weigh
 
 
 def test_far_rows_are_computed_amid_near_ones_where_passes_weigh_more_than_ends() -> None:
+    light = replace(WORK, weight_bytes=3 * 512 * 256 * 2 * 4, row_operations=6 * 512 * 256)
+
     def choose(transport: Transport, nodes: int) -> list[tuple[int, int]]:
         pace = Pace(transport, WORK, torch.device("cpu"), nodes)
-        pace.exchange = 2.0
-        return [(pace.choose(tokens), pace.portions) for tokens in (1, 512)]
+        pace.exchange = 4.0
+        found = [pace.choose(tokens, whole=False) for tokens in (1, 512)]
+        found.append(pace.choose(512, whole=transport.rank == 1))  # one that asks for gradients decides for all
+        pace.work = light  # for which a pass is next to nothing, but not four calls
+        return [*found, pace.choose(1, whole=False)]
 
-    for nodes, expected in ((1, [(1, 1), (1, 1)]), (2, [(1, 1), (1, 5)])):
+    for nodes, portions in ((1, 1), (2, 5)):
+        expected = [(1, 1), (1, portions), (1, 1), (1, 1)]
         assert LocalWorld(2).run(lambda t, n=nodes: choose(t, n)) == [expected] * 2  # type: ignore[misc]
+
+
+def test_products_in_two_passes_are_not_taken_for_slow() -> None:
+    pace = Pace(LocalTransport(), WORK, torch.device("cpu"))
+    pass_s = CPU.pass_s + CPU.weight_byte_s * WORK.weight_bytes
+    operations_s = CPU.operation_s * WORK.row_operations * 500
+    pace.saw_products(500, 2 * pass_s + 3 * operations_s, 1.0, passes=2)
+    assert pace.products == pytest.approx(3.0)

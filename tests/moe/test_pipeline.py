@@ -11,12 +11,13 @@ from torch import Tensor
 from crossdock import EPGroup, ExpertPlacement, LocalWorld, MoEConfig, MoELayer, make_transport
 from crossdock.comm import LocalTransport, Transport
 from crossdock.errors import ConfigError, PlanMismatch
+from crossdock.gemm import QuantSpec
 from crossdock.moe import ExchangeConfig, sum_replicated_gradients
-from crossdock.moe.pace import Pace, chunk_shares
+from crossdock.moe.pace import chunk_shares
 from crossdock.moe.pipeline import chunk_slices
 from crossdock.parallel import Topology
 from tests.launch import Ranks
-from tests.moe.links import Noting, noise
+from tests.moe.links import Noting, Slow, noise
 
 CONFIG = MoEConfig(hidden_size=36, expert_size=20, num_experts=8, top_k=3, score="sigmoid", scale=2.5, shared_size=24)
 TOKENS = 23
@@ -81,6 +82,30 @@ def test_bits_do_not_depend_on_chunks_with_replicas(chunks: int) -> None:
     exchange = ExchangeConfig(chunks=chunks)
     rows = LocalWorld(2).run(lambda t: forward(t, [9, 14], exchange, REPLICATED))
     assert torch.equal(torch.cat(rows), expected_TD)
+
+
+@pytest.mark.parametrize("counts", COUNTS[4])
+@pytest.mark.parametrize("quant", ["none", "fp8_block"])
+@pytest.mark.parametrize("wire", ["native", "fp8"])
+def test_bits_do_not_depend_on_portions(wire: Literal["native", "fp8"], quant: str, counts: list[int]) -> None:
+    """Ranks without tokens, or without near rows; FP8 experts take codes, one row of them for several slots."""
+    shared_size = 24 if quant == "none" else 0
+    config = MoEConfig(256, 128, num_experts=8, top_k=3, shared_size=shared_size, quant=QuantSpec(quant))
+
+    def run(transport: Transport, portions: int) -> Tensor:
+        layer = build(transport, ExchangeConfig("node", wire, chunks=0), config=config)
+        assert layer.pipeline.pace is not None
+        layer.pipeline.pace.choose = lambda *_: (1, portions)  # type: ignore[method-assign]
+        x_TD = noise(sum(counts), 256, seed=2)[shares(counts)[transport.rank]]
+        with torch.no_grad():
+            y_TD: Tensor = layer(x_TD)
+        return y_TD
+
+    world = LocalWorld(4, topology=Topology((0, 0, 1, 1)))
+    whole, *others = (torch.cat(world.run(lambda t, n=n: run(t, n))) for n in (1, 2, 5))
+    assert whole.abs().sum() > 0
+    for rows_TD in others:
+        assert torch.equal(rows_TD, whole)
 
 
 @pytest.mark.parametrize("options", [{"wire": "fp8"}, {"hierarchy": "node"}, {"wire": "fp8", "hierarchy": "node"}])
@@ -225,24 +250,47 @@ def test_ranks_with_other_chunks_are_told_apart_between_processes(chunks: tuple[
 
 
 def test_links_are_measured_by_rows_of_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over nodes the first chunk comes in portions: once the far one is here, and not before, is its time taken."""
-    monkeypatch.setattr(Pace, "choose", lambda self, tokens: 3 if self.portions == 2 else 1)
+    """Over nodes the first chunk comes in portions: once rows have crossed, and not before, is their time taken."""
 
-    def notes(transport: Transport, portions: int) -> list[str]:
+    def notes(transport: Transport, chosen: tuple[int, int]) -> list[str]:
         layer, found = build(transport, ExchangeConfig(chunks=0, hierarchy="node")), list[str]()
-        assert layer.pipeline.pace is not None
-        layer.pipeline.pace.portions = portions
-        monkeypatch.setattr(layer.pipeline.pace, "saw_exchange", lambda *_: found.append("measured"))
+        pace = layer.pipeline.pace
+        assert pace is not None
+        monkeypatch.setattr(pace, "choose", lambda *_: chosen)
+        monkeypatch.setattr(pace, "saw_exchange", lambda *_: found.append("measured"))
+        monkeypatch.setattr(pace, "saw_products", lambda *_, passes: found.append(f"{passes} passes"))
         layer.experts.register_forward_pre_hook(lambda *_: found.append("experts"))
         with torch.no_grad():
             layer(noise(TOKENS, 36, seed=2))
         return found
 
     world = LocalWorld(4, topology=Topology((0, 0, 1, 1)))
-    for found in world.run(lambda transport: notes(transport, 2)):
-        assert found == ["experts", "measured", "experts", "experts", "experts"]
-    for found in world.run(lambda transport: notes(transport, 5)):
-        assert found == ["experts", "experts", "measured", "experts", "experts", "experts"]
+    one = ["experts", "1 passes"]
+    for found in world.run(lambda transport: notes(transport, (3, 2))):
+        assert found == ["experts", "measured", "experts", "2 passes", *one, *one]
+    for found in world.run(lambda transport: notes(transport, (1, 5))):
+        assert found == ["experts", "measured", *["experts"] * 4, "2 passes"]
+    for found in world.run(lambda transport: notes(transport, (1, 1))):
+        assert found == ["measured", *one]
+
+
+def test_slow_links_are_learned_whatever_the_portions() -> None:
+    """Where rows come late, none of the waits for them is left out."""
+
+    def learned(transport: Transport, portions: int) -> float:
+        slow = Slow(transport, 1e-5)
+        layer = build(slow, ExchangeConfig(chunks=0, hierarchy="node"))  # type: ignore[arg-type]
+        pace = layer.pipeline.pace
+        assert pace is not None
+        pace.choose = lambda *_: (1, portions)  # type: ignore[method-assign]
+        pace.rates = replace(pace.rates, exchange_s=0.0)  # so that a few rows are enough to learn from
+        with torch.no_grad():
+            layer(noise(TOKENS, 36, seed=2))
+        return pace.exchange
+
+    for portions in (1, 5):
+        world = LocalWorld(2, topology=Topology((0, 1)))
+        assert min(world.run(lambda t, n=portions: learned(t, n))) > 10, portions  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,11 @@ def test_other_rows_are_seen() -> None:
 
 
 def test_chunks_are_those_told() -> None:
-    told = {one.form: one for one in check(result(chunks={"bf16 layer": 4, "fp8 layer": 3}), PAIRS)}
+    chunks, portions = {"bf16 layer": 4, "fp8 layer": 3}, {"bf16 layer": 2, "fp8 layer": 1}
+    told = {one.form: one for one in check(result(chunks=chunks, portions=portions), PAIRS)}
+    assert not any(one.predicted.schedule.amid for one in told.values())
+    amid = check(result(portions={"bf16 layer": 1, "fp8 layer": 5}), PAIRS)
+    assert [one.form for one in amid if one.predicted.schedule.amid] == ["fp8 layer"]
     taken = {name: one.predicted.schedule.chunks for name, one in told.items()}
     assert taken == {"plain": 1, "plain layer": 1, "bf16": 1, "bf16 layer": 4, "fp8": 1, "fp8 layer": 3}
     assert told["bf16 layer"].predicted.total_s * 1e6 == expected_us("node", "bf16", True, 4)[0]

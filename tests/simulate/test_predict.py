@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crossdock.comm import hierarchy as real
+from crossdock.errors import ConfigError
 from crossdock.simulate import (
     PRESETS,
     SHAPES,
@@ -28,11 +30,12 @@ from crossdock.simulate import (
     predict,
 )
 from crossdock.simulate.cost import COMPUTE, INNER, OUTER, Costs
-from crossdock.simulate.schedule import program
+from crossdock.simulate.schedule import CUTS, program
 from crossdock.simulate.timeline import Job, run
 
 SHAPE = LayerShape(1024, 256, 32, 4, shared=256)
 GPUS = PRESETS["h100-400g"]
+AMID = Schedule("node", amid=True)
 SCHEDULES = [Schedule(hierarchy, wire, chunks) for hierarchy, wire, chunks in product(
     ("flat", "node", "ring"), ("bf16", "fp8"), (1, 2, 4))]  # fmt: skip
 
@@ -184,6 +187,31 @@ def test_jobs_follow_the_layers_order() -> None:
     assert flat.index(("dispatch", 1)) < flat.index(("experts", 0)) < flat.index(("dispatch", 2))
     assert {job.lane for job in written.jobs} == {COMPUTE, OUTER, INNER}
     assert all(number < at for at, job in enumerate(written.jobs) for number in job.after)
+
+
+def test_rows_from_other_nodes_amid_the_nodes_own() -> None:
+    """In the order of `comm.hierarchy`, whose cuts are the same."""
+    assert real.CUTS[5] == CUTS
+    own, far = "arrange own", "arrange what came over"
+    leaving = ["gather for other nodes", "dispatch between nodes", "gather for the node", "dispatch inside nodes"]
+    passed = ["gather what came over", "dispatch of what came over"]
+    back = ["restore other nodes'", "combine other nodes' inside nodes"]
+    home = ["sum other nodes'", "combine between nodes"]
+    last = ["restore own", "combine own inside nodes", "sum"]
+    unshared = replace(SHAPE, shared=0)
+    found = [job.name for job in program(PARTS[1], unshared, GPUS, AMID).jobs if job.phase != "plan"]
+    expected = [*leaving, own, "experts", *passed, "experts", far, "experts", *back, "experts", *home, "experts", *last]
+    assert found == expected
+    whole, amid = (predict(PARTS[1], unshared, GPUS, each) for each in (Schedule("node"), AMID))
+    assert amid.bytes == whole.bytes and amid.hidden > whole.hidden
+    alone = [program(PARTS[1], unshared, GPUS, each, experts=False) for each in (Schedule("node"), AMID)]
+    assert alone[0].jobs == alone[1].jobs, "without products there is nothing to be amid"
+
+
+@pytest.mark.parametrize("options", [{"hierarchy": "flat"}, {"hierarchy": "ring"}, {"hierarchy": "node", "chunks": 2}])
+def test_amid_what(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="amid others in one chunk of hierarchy 'node'"):
+        Schedule(**options, amid=True)
 
 
 MANY = parts(16, 16384)  # on two nodes, and so many that each token travels to a rank once
