@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from crossdock.comm import Codec
-from crossdock.comm.hierarchy import CUTS
+from crossdock.comm.legs import CUTS
 from crossdock.comm.transport import Transport
 from crossdock.moe.config import MoEConfig
 
@@ -152,7 +152,7 @@ class Pace:
     """What one layer's exchanges and products have taken on this rank, over what was predicted.
 
     `nodes`: 1 where rows do not travel in two legs. `chosen` is the last call's number of chunks, and `portions` those
-    of `comm.hierarchy` in which the first one came. Of five, the host waits for some while others are computed: on a
+    of `comm.legs` in which the first one came. Of five, the host waits for some while others are computed: on a
     GPU it would be streams that wait, which has not been measured, and they are not chosen.
     """
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from crossdock.comm import Exchange, HierarchicalDispatcher, Inbound
-from crossdock.comm.hierarchy import Arriving, Legs, Returning
+from crossdock.comm.legs import Arriving, Legs, Returning
 from crossdock.comm.transport import Pending
 from crossdock.moe.config import ExchangeConfig
 from crossdock.moe.pace import Pace, Work

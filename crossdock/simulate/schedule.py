@@ -26,7 +26,7 @@ from crossdock.simulate.traffic import Traffic
 HIERARCHIES = ("flat", "node", "ring", "plain")
 WIRES = ("bf16", "fp8")
 PLACEMENTS = ("contiguous", "balanced")
-CUTS = (0.25, 0.4, 0.6)  # where own rows are divided that others are computed amid, as in `comm.hierarchy`
+CUTS = (0.25, 0.35, 0.5)  # where own rows are divided that others are computed amid, as in `comm.legs`
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crossdock.comm import Dispatcher, HierarchicalDispatcher, Inbound, Transport
-from crossdock.comm.hierarchy import Arriving, Returning
+from crossdock.comm.legs import Arriving, Returning
 
 FORMS = ("flat", "node", "node in 2 portions", "node in 5 portions", "node, weights later")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crossdock import LocalWorld
 from crossdock.comm import Dispatcher, HierarchicalDispatcher, LocalTransport, Pending, Transport, make_dispatcher
-from crossdock.comm.hierarchy import Returning
+from crossdock.comm.legs import Returning
 from crossdock.errors import ConfigError, PlanMismatch, RankFailure
 from crossdock.parallel import Topology
 

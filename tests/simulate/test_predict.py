@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossdock.comm import hierarchy as real
+from crossdock.comm import legs
 from crossdock.errors import ConfigError
 from crossdock.simulate import (
     PRESETS,
@@ -190,8 +190,8 @@ def test_jobs_follow_the_layers_order() -> None:
 
 
 def test_rows_from_other_nodes_amid_the_nodes_own() -> None:
-    """In the order of `comm.hierarchy`, whose cuts are the same."""
-    assert real.CUTS[5] == CUTS
+    """In the order of `comm.legs`, whose cuts are the same."""
+    assert legs.CUTS[5] == CUTS
     own, far = "arrange own", "arrange what came over"
     leaving = ["gather for other nodes", "dispatch between nodes", "gather for the node", "dispatch inside nodes"]
     passed = ["gather what came over", "dispatch of what came over"]

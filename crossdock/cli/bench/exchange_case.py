@@ -68,7 +68,7 @@ class Found:
     """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire, and
     in CHUNKS; unseen: flights of those calls whose arrival was seen no sooner than at the wait, which makes the parts
     too large. chunks: how many a layer took in most rounds, by the name of its time, and in how many portions the first
-    of them came (`crossdock.comm.hierarchy`).
+    of them came (`crossdock.comm.legs`).
 
     crossed, minimum: bytes of rows between nodes in one exchange, there and back, over all ranks, by form; the minimum
     is each (token, node) pair once. metadata: bytes of integers and weights beside them.
