@@ -165,6 +165,8 @@ class Returning(Legs):
         if kind == "f":
             return self.send("far", out_RD, self.plan.far)
         near = self.plan.near
+        if len(out_RD) == self.plan.near_rows and "n" not in self._to_come:
+            return self.send("near", out_RD, near)
         if self._near_SD is None:
             self._near_SD = out_RD.new_empty(self.plan.near_rows, out_RD.shape[1])
         some = slice(self._near_rows, self._near_rows + len(out_RD))

@@ -143,9 +143,10 @@ def amid_s(rates: Rates, work: Work, tokens: int, world_size: int, nodes: int) -
     rows = tokens * work.top_k
     near_s, far_s = products_s(rates, work, rows / nodes), products_s(rates, work, rows - rows / nodes)
     near_s += len(CUTS[5]) * rates.pass_s
-    before_s = CUTS[5][1] * near_s
+    first, _, third = CUTS[5]  # what hides rows crossing, and behind which results cross
     there_s, back_s = (exchange_s(rates, size, rows, world_size) for size in (work.row_bytes, work.back_bytes))
-    return max(there_s, before_s) + far_s + max(back_s, near_s - before_s) + 2 * handling_s(rates, work, rows)
+    seen_s = max(there_s, first * near_s) + max(back_s, (1 - third) * near_s)
+    return seen_s + (third - first) * near_s + far_s + 2 * handling_s(rates, work, rows)
 
 
 class Pace:

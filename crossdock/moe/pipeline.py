@@ -125,7 +125,7 @@ class Flow:
             parts = [pending]
             if self._portions > 1:
                 assert isinstance(pending, Arriving)
-                self._current, parts = pending, pending.portions(self._portions)
+                parts = pending.portions(self._portions)
             for number, part in enumerate(parts):
                 asked_s = time.perf_counter()
                 self._inbound = self._place.finish(part)
@@ -163,7 +163,7 @@ class Flow:
 
     def _return_portion(self, out_RD: Tensor, plus_TD: Tensor | None) -> None:
         """Of the first chunk."""
-        dispatcher, plan, inbound, portions = self._dispatcher, self._current.plan, self._inbound, self._portions
+        dispatcher, plan, inbound, portions = self._dispatcher, self._plans[0], self._inbound, self._portions
         if not self._returning:
             assert isinstance(dispatcher, HierarchicalDispatcher)
             weights_TK, plus = self._weights[0], self._of_chunk(plus_TD, 0)

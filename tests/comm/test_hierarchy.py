@@ -69,6 +69,22 @@ def test_far_rows_leave_first_and_a_token_crosses_to_a_node_once() -> None:
         assert seen[1][1] == crossing[rank] and seen[-1][1] == crossing[(rank + 2) % 4]
 
 
+@pytest.mark.parametrize(("slots", "expected"), [(8, [25, 13, 12, 50]), (1, [25, 10, 15, 50]), (3, [25, 9, 16, 50])])
+def test_near_rows_are_divided_between_experts_where_that_is_near(slots: int, expected: list[int]) -> None:
+    """A hundred: of eight slots' ends 38 is near 35; of three slots' ends 34 is near 35, but not near 25 or 50."""
+    near_T = torch.arange(100) * slots // 100
+
+    def run(transport: Transport) -> list[int]:
+        exchange = HierarchicalDispatcher(transport, 2 * slots, 5, torch.float32)
+        ids_TK = torch.stack([near_T, near_T + slots], 1).roll(transport.rank, 1)
+        arriving = exchange.dispatch_async(torch.ones(100, 5), exchange.plan(ids_TK))
+        first, second, _, *others = [pending.wait() for pending in arriving.portions(5)]
+        return [portion.rows for portion in (first, second, *others)]
+
+    for found in LocalWorld(2, topology=Topology((0, 1))).run(run):
+        assert sum(found) == 100 and found == expected
+
+
 def test_a_rank_that_plans_without_weights_is_named() -> None:
     def run(transport: Transport) -> None:
         exchange = HierarchicalDispatcher(transport, 8, 5, torch.float32)

@@ -7,7 +7,7 @@ import torch
 
 from crossdock import LocalWorld
 from crossdock.comm import LocalTransport, Transport
-from crossdock.moe.pace import CPU, Pace, Rates, Work, best_chunks, chunk_shares, predicted_s
+from crossdock.moe.pace import CPU, Pace, Rates, Work, amid_s, best_chunks, chunk_shares, predicted_s
 
 WORK = Work(top_k=8, row_bytes=4096, back_bytes=4096, row_operations=6 * 2048 * 768, weight_bytes=96 * 2048 * 768)
 
@@ -112,6 +112,26 @@ def test_far_rows_are_computed_amid_near_ones_where_passes_weigh_more_than_ends(
     for nodes, portions in ((1, 1), (2, 5)):
         expected = [(1, 1), (1, portions), (1, 1), (1, 1)]
         assert LocalWorld(2).run(lambda t, n=nodes: choose(t, n)) == [expected] * 2  # type: ignore[misc]
+
+
+def test_what_rows_amid_others_hide() -> None:
+    """Where links are the bound, both ways and the products between them add up; each call takes pass_s."""
+    rates = Rates(exchange_s=0.0, pass_s=1e-3, weight_byte_s=0.0, byte_s=1e-6, operation_s=1e-6)
+    work = Work(1, 1000, 2000, 1000, 0)
+    link_s, near_s, far_s = 10 * 1e-3 / 2, 4e-3 + 5 * 1e-3, 1e-3 + 5 * 1e-3
+    slow, fast = rates.scaled(exchange=10.0), rates.scaled(exchange=1e-3)
+    assert amid_s(slow, work, 10, 2, 2) == pytest.approx(30 * link_s + 0.25 * near_s + far_s)
+    assert amid_s(fast, work, 10, 2, 2) == pytest.approx(near_s + far_s)
+
+
+def test_rows_amid_others_are_not_chosen_where_streams_would_wait_for_them() -> None:
+    def choose(transport: Transport, device: str) -> bool:
+        pace = Pace(transport, WORK, torch.device(device), nodes=2)
+        pace.rates = CPU.scaled(exchange=4.0)
+        return pace.choose(512, whole=False) == (1, 5)
+
+    for device in ("cpu", "cuda"):
+        assert LocalWorld(2).run(lambda t, d=device: choose(t, d)) == [device == "cpu"] * 2  # type: ignore[misc]
 
 
 def test_products_in_two_passes_are_not_taken_for_slow() -> None:

@@ -87,8 +87,11 @@ def test_bits_do_not_depend_on_chunks_with_replicas(chunks: int) -> None:
 @pytest.mark.parametrize("counts", COUNTS[4])
 @pytest.mark.parametrize("quant", ["none", "fp8_block"])
 @pytest.mark.parametrize("wire", ["native", "fp8"])
-def test_bits_do_not_depend_on_portions(wire: Literal["native", "fp8"], quant: str, counts: list[int]) -> None:
+def test_bits_do_not_depend_on_portions(
+    wire: Literal["native", "fp8"], quant: str, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ranks without tokens, or without near rows; FP8 experts take codes, one row of them for several slots."""
+    monkeypatch.setattr("crossdock.comm.once.WORTH_BYTES", -1)
     shared_size = 24 if quant == "none" else 0
     config = MoEConfig(256, 128, num_experts=8, top_k=3, shared_size=shared_size, quant=QuantSpec(quant))
 
@@ -278,7 +281,7 @@ def test_slow_links_are_learned_whatever_the_portions() -> None:
     """Where rows come late, none of the waits for them is left out."""
 
     def learned(transport: Transport, portions: int) -> float:
-        slow = Slow(transport, 1e-5)
+        slow = Slow(transport, 1e-4)
         layer = build(slow, ExchangeConfig(chunks=0, hierarchy="node"))  # type: ignore[arg-type]
         pace = layer.pipeline.pace
         assert pace is not None
@@ -288,7 +291,7 @@ def test_slow_links_are_learned_whatever_the_portions() -> None:
             layer(noise(TOKENS, 36, seed=2))
         return pace.exchange
 
-    for portions in (1, 5):
+    for portions in (1, 2, 5):
         world = LocalWorld(2, topology=Topology((0, 1)))
         assert min(world.run(lambda t, n=portions: learned(t, n))) > 10, portions  # type: ignore[misc]
 
