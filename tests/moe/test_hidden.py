@@ -24,7 +24,8 @@ def hidden(group: EPGroup, chunks: int, compute: float, shared: float, portions:
     In portions over nodes, where these are given: each rank is a node.
     """
     tokens = 256
-    transport = Slow(make_transport(group), 1.0)
+    rows = tokens * SLEEPING.top_k
+    transport = Slow(make_transport(group), SECONDS / (rows * HIDDEN * 2))  # half of a rank's rows travel, both ways
     recorder = Recorder()
     if portions:
         transport.topology = Topology((0, 1))
@@ -32,8 +33,6 @@ def hidden(group: EPGroup, chunks: int, compute: float, shared: float, portions:
     layer: Any = MoELayer(SLEEPING, Watched(transport, recorder), exchange=exchange)
     layer.router.weight.data.copy_(noise(8, HIDDEN, seed=1))
     x_TD = noise(tokens, HIDDEN, seed=2 + group.rank).bfloat16()
-    rows = tokens * SLEEPING.top_k
-    transport.s_a_byte = SECONDS / (rows * HIDDEN * 2)  # half of a rank's rows travel, there and back
     layer.experts = Asleep(compute * SECONDS / rows)
     if layer.pipeline.pace is not None:  # as if the experts were as much work as they take, and not kept from a core
         pace, saw = layer.pipeline.pace, layer.pipeline.pace.saw_products
