@@ -184,7 +184,7 @@ class Pace:
     def _best_portions(self, rates: Rates, tokens: int, world_size: int) -> int:
         """Of the first of `chosen` chunks, or of the only one in the place of these."""
         chunks_s = predicted_s(rates, self.work, chunk_shares(self.chosen), tokens, world_size)
-        if self.measures and amid_s(rates, self.work, tokens, world_size, self.nodes) < WORTH * chunks_s:
+        if self.measures and amid_s(rates, self.work, tokens, world_size, self.nodes) < chunks_s:
             return 5
         near_rows = tokens * self.work.top_k * chunk_shares(self.chosen)[0] / self.nodes
         is_worth_it = products_s(rates, self.work, near_rows) >= (1 + PASSES) * products_s(rates, self.work, 0)
