@@ -90,10 +90,9 @@ class Flow:
         slot_ids_TK: Tensor,
         weights_TK: Tensor,
     ) -> None:
-        """`portions`: of the first chunk."""
         self._dispatcher, self._place, self._pace = pipeline.dispatcher, pipeline.place, pipeline.pace
         self._recorder, self._chunks, self._top_k = pipeline.recorder, chunks, slot_ids_TK.shape[1]
-        self._portions_of_first = portions
+        self._portions = portions  # of the first chunk; each of the others comes in one
         self._x, self._weights = _divide(x_TD, chunks), _divide(weights_TK, chunks)
         self._plans = self._dispatcher.plans(_divide(slot_ids_TK, chunks), self._weights)
         self._arriving: deque[Pending[Inbound]] = deque()
@@ -121,7 +120,6 @@ class Flow:
             if self._sent < min(chunk + 2, len(self._chunks)):
                 self._send()
             pending = self._arriving.popleft()
-            self._portions = 1 if chunk else self._portions_of_first
             parts = [pending]
             if self._portions > 1:
                 assert isinstance(pending, Arriving)
@@ -139,7 +137,7 @@ class Flow:
                 yield self._inbound
             if self._pace is not None:
                 self._pace.saw_products(*self._seen, passes=min(self._portions, 2))
-            self._seen = 0, 0.0, 0.0
+            self._seen, self._portions = (0, 0.0, 0.0), 1
 
     def give_back(self, out_RD: Tensor, plus_TD: Tensor | None) -> None:
         """The experts' results for the rows that iteration gave last; plus [T, D], of all tokens, joins the sums."""

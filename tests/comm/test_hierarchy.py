@@ -9,6 +9,7 @@ from torch import Tensor
 from crossdock import LocalWorld
 from crossdock.comm import Dispatcher, HierarchicalDispatcher, LocalTransport, Pending, Transport, make_dispatcher
 from crossdock.comm.legs import Returning
+from crossdock.comm.places import Choices, Places
 from crossdock.errors import ConfigError, PlanMismatch, RankFailure
 from crossdock.parallel import Topology
 
@@ -83,6 +84,14 @@ def test_near_rows_are_divided_between_experts_where_that_is_near(slots: int, ex
 
     for found in LocalWorld(2, topology=Topology((0, 1))).run(run):
         assert sum(found) == 100 and found == expected
+
+
+@pytest.mark.parametrize(("nodes", "width"), [(2, 2), (4, 4), (100, 4)])
+def test_plans_are_as_wide_as_the_choices_of_a_token_however_many_nodes(nodes: int, width: int) -> None:
+    choices = Choices(ids_of(0, slots=nodes).numpy(), Places(Topology(tuple(range(nodes))), 1, 1))
+    assert choices.stops_TJ.shape == choices.nodes_TJ.shape == (6, width)
+    for ids, there in zip(choices.slot_ids_TK.tolist(), choices.nodes_TJ.tolist(), strict=True):
+        assert [node for node in there if node >= 0] == sorted({1, *ids})
 
 
 def test_a_rank_that_plans_without_weights_is_named() -> None:
