@@ -142,7 +142,7 @@ class Returning(Legs):
     ) -> None:
         self.form, self.plan, self.weights_TK, self.plus_TD = form, plan, weights_TK, plus_TD
         self._to_come = PORTIONS[portions]
-        self._near_SD: Tensor | None = None  # near results as far as they are there, in the order they will be sent
+        self._near: tuple[Tensor, DispatchPlan] | None = None  # near results as far as they are there
         self._near_rows = 0
         known = plan.far_weights_AK
         if known is None:
@@ -155,7 +155,8 @@ class Returning(Legs):
         self._crossing: Pending[Tensor] | None = None
 
     def start(self, out_RD: Tensor, portion: Inbound) -> None:
-        """The experts' rows for the next of the portions; far ones leave at once, near ones when they are all there.
+        """The experts' rows for the next of the portions. Far ones leave at once, near ones behind them when they are
+        all there: the order in which `combine_async` has them leave, so that ranks may differ in which they use.
 
         Raises ConfigError for another shape, dtype or device.
         """
@@ -163,23 +164,31 @@ class Returning(Legs):
         self.form.check_combine(out_RD, portion.rows, self.weights_TK, expected, self.plus_TD)
         kind, self._to_come = self._to_come[0], self._to_come[1:]
         if kind == "f":
-            return self.send("far", out_RD, self.plan.far)
+            self.send("far", out_RD, self.plan.far)
+        else:
+            self._keep(out_RD)
+        if not self._to_come:
+            assert self._near is not None
+            self.send("near", *self._near)
+            self._near = None
+        elif kind == "n" and "far" in self._inside:  # which had this portion's products to return in
+            self.advance()
+
+    def _keep(self, out_RD: Tensor) -> None:
+        """Of near rows, the next results: all of them, or some, which are put in the order in which they will leave."""
         near = self.plan.near
-        if len(out_RD) == self.plan.near_rows and "n" not in self._to_come:
-            return self.send("near", out_RD, near)
-        if self._near_SD is None:
-            self._near_SD = out_RD.new_empty(self.plan.near_rows, out_RD.shape[1])
-        some = slice(self._near_rows, self._near_rows + len(out_RD))
+        if len(out_RD) == self.plan.near_rows:
+            self._near = out_RD, near
+            return
+        if self._near is None:
+            in_order = replace(near, arrange_R=None, restore_R=None)
+            self._near = out_RD.new_empty(self.plan.near_rows, out_RD.shape[1]), in_order
+        near_SD, some = self._near[0], slice(self._near_rows, self._near_rows + len(out_RD))
         self._near_rows = some.stop
         if near.arrange_R is None:
-            self._near_SD[some] = out_RD
+            near_SD[some] = out_RD
         else:
-            self._near_SD.index_copy_(0, near.arrange_R[some], out_RD)
-        if "n" not in self._to_come:
-            self.send("near", self._near_SD, replace(near, arrange_R=None, restore_R=None))
-            self._near_SD = None
-        elif "far" in self._inside:  # which had this portion's products to return in
-            self.advance()
+            near_SD.index_copy_(0, near.arrange_R[some], out_RD)
 
     def send(self, portion: str, out_RD: Tensor, plan: DispatchPlan) -> None:
         """Results leave for the ranks where their rows entered the node. They have been checked."""

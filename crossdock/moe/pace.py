@@ -15,7 +15,8 @@ sizes to tell them from rates. On a GPU the host does not wait and has nothing t
 Legend: T tokens, K experts per token, W ranks.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -29,6 +30,7 @@ WORTH = 0.97  # more chunks must save this much: fewer rows a product are slower
 PASSES = 8  # over the weights, which products of near rows must take at least, to be made while far rows are under way
 UNIT = 1_000_000  # factors are gathered as integers
 SHORT = 0.1  # of the time since rows were sent
+DRIFT = 0.1  # of the way, a call
 MOST = 1e4  # times faster or slower than assumed
 MOST_CROWDED = 8.0  # ranks on a core
 
@@ -149,78 +151,121 @@ def amid_s(rates: Rates, work: Work, tokens: int, world_size: int, nodes: int) -
     return seen_s + (third - first) * near_s + far_s + 2 * handling_s(rates, work, rows)
 
 
+@dataclass
+class Factor:
+    """What something has taken over what was predicted: half the way to the newest, all of it to the first."""
+
+    value: float = 1.0
+    is_known: bool = False
+
+    def towards(self, ratio: float) -> None:
+        ratio = min(max(ratio, 1 / MOST), MOST)
+        self.value = (self.value + ratio) / 2 if self.is_known else ratio
+        self.is_known = True
+
+    def or_else(self, other: "Factor") -> float:
+        return self.value if self.is_known else other.value
+
+    def drift(self, other: "Factor") -> None:
+        self.value += DRIFT * (other.value - self.value)
+
+
+@dataclass(frozen=True)
+class Travel:
+    """Of rows under way: links, and what the processor does."""
+
+    exchange: Factor = field(default_factory=Factor)
+    handling: Factor = field(default_factory=Factor)
+
+
 class Pace:
     """What one layer's exchanges and products have taken on this rank, over what was predicted.
 
     `nodes`: 1 where rows do not travel in two legs. `chosen` is the last call's number of chunks, and `portions` those
     of `comm.legs` in which the first one came. Of five, the host waits for some while others are computed: on a
     GPU it would be streams that wait, which has not been measured, and they are not chosen.
+
+    Rows in chunks and rows amid others have factors of their own, the other's until they have travelled: the first
+    arrival of a call is the end of both legs for a part of its rows, or of the slow leg for all of them. With factors
+    in common, a call in chunks made five portions look as slow as it had been itself. What is not chosen drifts towards
+    what is, so that one slow call does not keep it from being tried again.
     """
 
     def __init__(self, transport: Transport, work: Work, device: torch.device, nodes: int = 1) -> None:
         self.transport, self.work, self.nodes = transport, work, nodes
         self.measures = device.type == "cpu"
         self.rates = CPU if self.measures else NVLINK if transport.topology.num_nodes == 1 else NETWORK
-        self.exchange = self.products = self.handling = self.crowding = 1.0
+        self.in_chunks, self.amid = Travel(), Travel()
+        self.products, self.crowding = Factor(), Factor()
         self.chosen = self.portions = 1
-        self._seen: set[str] = set()
 
     def choose(self, tokens: int, whole: bool) -> tuple[int, int]:
         """The number of chunks, and of portions of the first one, for a call with so many tokens here.
 
         A collective, the same on every rank. `whole`: no portions, as where gradients are asked for.
         """
-        factors = self.exchange, self.products, self.handling * self.crowding
-        values = [tokens, int(whole), *(round(f * UNIT) for f in factors)]
+        factors = [self.products.value]
+        for travel, other in ((self.in_chunks, self.amid), (self.amid, self.in_chunks)):
+            factors.append(travel.exchange.or_else(other.exchange))
+            factors.append(travel.handling.or_else(other.handling) * self.crowding.value)
+        values = [tokens, int(whole), *(round(factor * UNIT) for factor in factors)]
         gathered = self.transport.all_gather(values, "choice of chunks")
         most, is_whole, *worst = (max(values) for values in zip(*gathered, strict=True))
-        rates = self.rates.scaled(*(factor / UNIT for factor in worst))
+        products, exchange, handling, amid_exchange, amid_handling = (factor / UNIT for factor in worst)
+        rates = self.rates.scaled(exchange, products, handling)
         world_size = self.transport.world_size
         self.chosen = best_chunks(rates, self.work, most, world_size)
-        self.portions = 1 if is_whole or self.nodes == 1 else self._best_portions(rates, most, world_size)
+        self.portions = 1
+        if not is_whole and self.nodes > 1:
+            amid_rates = self.rates.scaled(amid_exchange, products, amid_handling)
+            self.portions = self._best_portions(rates, amid_rates, most, world_size)
         self.chosen = 1 if self.portions == 5 else self.chosen
         return self.chosen, self.portions
 
-    def _best_portions(self, rates: Rates, tokens: int, world_size: int) -> int:
+    def _best_portions(self, rates: Rates, amid_rates: Rates, tokens: int, world_size: int) -> int:
         """Of the first of `chosen` chunks, or of the only one in the place of these."""
         chunks_s = predicted_s(rates, self.work, chunk_shares(self.chosen), tokens, world_size)
-        if self.measures and amid_s(rates, self.work, tokens, world_size, self.nodes) < chunks_s:
+        if self.measures and amid_s(amid_rates, self.work, tokens, world_size, self.nodes) < chunks_s:
             return 5
         near_rows = tokens * self.work.top_k * chunk_shares(self.chosen)[0] / self.nodes
         is_worth_it = products_s(rates, self.work, near_rows) >= (1 + PASSES) * products_s(rates, self.work, 0)
         return 2 if self.chosen > 1 and is_worth_it else 1
 
-    def saw_exchange(self, rows: int, took_s: float, waited_s: float, worked_s: float) -> None:
-        """Rows that this rank sent, alone on the link; where the wait was short, they may have been here for long.
+    def saw_exchange(
+        self, sent: Sequence[int], took_s: float, waited_s: float, worked_s: float, portions: int = 1
+    ) -> None:
+        """Rows that this rank sent in each exchange, the first of which has arrived; where the wait was short, that may
+        have been long ago.
 
         worked_s: of this process meanwhile, on any core, without products.
         """
-        handled_s = handling_s(self.rates, self.work, rows)
+        if not self.measures:
+            return
+        rows = sent[0]
+        travel, other = (self.amid, self.in_chunks) if portions == 5 else (self.in_chunks, self.amid)
+        handled_s = sum(handling_s(self.rates, self.work, n) for n in (*sent, rows)) / 2
         if handled_s > 0:
-            self.handling = self._towards("handling", self.handling, worked_s / handled_s)
+            travel.handling.towards(worked_s / handled_s)
         fixed_s, all_s = (exchange_s(self.rates, self.work.row_bytes, n, self.transport.world_size) for n in (0, rows))
-        link_s = max(took_s - worked_s * self.crowding, SHORT * took_s)
-        found = self._learn("exchange", self.exchange, fixed_s, all_s, link_s)
-        self.exchange = found if waited_s > SHORT * took_s else min(found, self.exchange)
+        link_s, before = max(took_s - worked_s * self.crowding.value, SHORT * took_s), travel.exchange.value
+        self._learn(travel.exchange, fixed_s, all_s, link_s)
+        if waited_s <= SHORT * took_s:
+            travel.exchange.value = min(travel.exchange.value, before)
+        other.exchange.drift(travel.exchange)
+        other.handling.drift(travel.handling)
 
     def saw_products(self, rows: int, took_s: float, worked_s: float, passes: int = 1) -> None:
         """Rows that went through this rank's experts in so many passes. worked_s: of the thread that called them."""
+        if not self.measures:
+            return
         fixed_s = passes * products_s(self.rates, self.work, 0)
         all_s = fixed_s + products_s(self.rates, self.work, rows) - products_s(self.rates, self.work, 0)
-        self.products = self._learn("products", self.products, fixed_s, all_s, took_s)
+        self._learn(self.products, fixed_s, all_s, took_s)
         if worked_s > 0 and all_s >= 2 * fixed_s:
-            self.crowding = self._towards("crowding", self.crowding, min(took_s / worked_s, MOST_CROWDED))
+            self.crowding.towards(min(took_s / worked_s, MOST_CROWDED))
 
-    def _learn(self, what: str, factor: float, fixed_s: float, all_s: float, took_s: float) -> float:
+    @staticmethod
+    def _learn(factor: Factor, fixed_s: float, all_s: float, took_s: float) -> None:
         """From calls in which rows weigh more than the rest."""
-        enough = all_s >= 2 * fixed_s
-        return self._towards(what, factor, (took_s - fixed_s) / (all_s - fixed_s)) if enough else factor
-
-    def _towards(self, what: str, factor: float, ratio: float) -> float:
-        """Half the way to the newest, all of it to the first."""
-        if not self.measures:
-            return factor
-        ratio = min(max(ratio, 1 / MOST), MOST)
-        first = what not in self._seen
-        self._seen.add(what)
-        return ratio if first else (factor + ratio) / 2
+        if all_s >= 2 * fixed_s:
+            factor.towards((took_s - fixed_s) / (all_s - fixed_s))

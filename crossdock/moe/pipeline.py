@@ -129,8 +129,8 @@ class Flow:
                 self._inbound = self._place.finish(part)
                 if chunk == 0 and self._pace is not None and number == min(self._portions, 2) - 1:  # all have crossed
                     now_s, worked_s = time.perf_counter(), time.process_time() - self._began_work_s - self._products_s
-                    rows = len(self._x[0]) * self._top_k
-                    self._pace.saw_exchange(rows, now_s - self._began_s, now_s - asked_s, worked_s)
+                    sent = [len(x_TD) * self._top_k for x_TD in self._x[: self._sent]]
+                    self._pace.saw_exchange(sent, now_s - self._began_s, now_s - asked_s, worked_s, self._portions)
                 if chunk and self._arriving:  # whose first leg had the last chunk's products to arrive in
                     self._advance(self._arriving[0])
                 self._given_s = time.perf_counter(), time.thread_time(), time.process_time()

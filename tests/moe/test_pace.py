@@ -43,7 +43,7 @@ def test_all_ranks_choose_the_same_number_from_what_they_measured() -> None:
         pace = Pace(transport, WORK, torch.device("cpu"))
         first, _ = pace.choose(4096 * transport.rank, False)
         if transport.rank == 1:  # one slow link is everybody's
-            pace.saw_exchange(1000, 0.1, 0.1, 0.001)
+            pace.saw_exchange([1000], 0.1, 0.1, 0.001)
         return [first, pace.choose(4096 * transport.rank, False)[0]]
 
     chosen = LocalWorld(3).run(choose)
@@ -56,11 +56,11 @@ def test_measured_times_move_the_prediction() -> None:
     operations_s = CPU.operation_s * WORK.row_operations * 500
     expected_s = CPU.pass_s + CPU.weight_byte_s * WORK.weight_bytes + operations_s
     pace.saw_products(500, expected_s + 2 * operations_s, 1.0)
-    assert pace.products == pytest.approx(3.0)
+    assert pace.products.value == pytest.approx(3.0)
     pace.saw_products(500, expected_s, 1.0)
-    assert pace.products == pytest.approx(2.0)
+    assert pace.products.value == pytest.approx(2.0)
     pace.saw_products(1, 1.0, 1.0)
-    assert pace.products == pytest.approx(2.0), "one row tells nothing about rates"
+    assert pace.products.value == pytest.approx(2.0), "one row tells nothing about rates"
 
 
 def test_what_the_processor_does_for_an_exchange_is_not_hidden() -> None:
@@ -71,11 +71,11 @@ def test_what_the_processor_does_for_an_exchange_is_not_hidden() -> None:
         pace = Pace(transport, WORK, torch.device("cpu"))
         products_s = CPU.operation_s * WORK.row_operations * rows / 10
         pace.saw_products(rows, 2 * products_s, products_s)
-        pace.saw_exchange(rows, 2 * worked_s, worked_s, worked_s)
-        link, idle = pace.exchange, pace.choose(4096, False)[0]
+        pace.saw_exchange([rows], 2 * worked_s, worked_s, worked_s)
+        link, idle = pace.in_chunks.exchange.value, pace.choose(4096, False)[0]
         for _ in range(3):
-            pace.saw_exchange(rows, 12 * worked_s, 10 * worked_s, worked_s)
-        return pace.crowding, link, idle, pace.choose(4096, False)[0]
+            pace.saw_exchange([rows], 12 * worked_s, 10 * worked_s, worked_s)
+        return pace.crowding.value, link, idle, pace.choose(4096, False)[0]
 
     for crowding, link, idle, busy in LocalWorld(2).run(choose):
         assert crowding == pytest.approx(2.0)
@@ -86,7 +86,7 @@ def test_what_the_processor_does_for_an_exchange_is_not_hidden() -> None:
 def test_near_rows_are_computed_first_where_they_are_worth_a_pass_over_the_weights() -> None:
     def choose(transport: Transport) -> list[tuple[int, int]]:
         pace = Pace(transport, WORK, torch.device("cpu"), nodes=2)
-        pace.exchange = 30.0
+        pace.in_chunks.exchange.towards(30.0)
         found = [pace.choose(4096, False)]
         pace.work = replace(WORK, weight_bytes=WORK.weight_bytes * 100)
         found.append(pace.choose(4096, False))
@@ -103,7 +103,7 @@ def test_far_rows_are_computed_amid_near_ones_where_passes_weigh_more_than_ends(
 
     def choose(transport: Transport, nodes: int) -> list[tuple[int, int]]:
         pace = Pace(transport, WORK, torch.device("cpu"), nodes)
-        pace.exchange = 4.0
+        pace.in_chunks.exchange.towards(4.0)
         found = [pace.choose(tokens, whole=False) for tokens in (1, 512)]
         found.append(pace.choose(512, whole=transport.rank == 1))  # one that asks for gradients decides for all
         pace.work = light  # for which a pass is next to nothing, but not four calls
@@ -112,6 +112,49 @@ def test_far_rows_are_computed_amid_near_ones_where_passes_weigh_more_than_ends(
     for nodes, portions in ((1, 1), (2, 5)):
         expected = [(1, 1), (1, portions), (1, 1), (1, 1)]
         assert LocalWorld(2).run(lambda t, n=nodes: choose(t, n)) == [expected] * 2  # type: ignore[misc]
+
+
+def test_slow_chunks_do_not_make_rows_amid_others_look_slow() -> None:
+    """What a chunk's two legs took says little about the slow leg alone: once both are known, each has its own."""
+
+    def choose(transport: Transport) -> list[int]:
+        pace, rows = Pace(transport, WORK, torch.device("cpu"), nodes=2), 512 * WORK.top_k
+        link_s = CPU.byte_s * WORK.row_bytes * rows / 2
+
+        def saw(factor: float, chunks: int, portions: int) -> int:
+            sent = [round(rows * share) for share in chunk_shares(chunks)]
+            took_s = CPU.exchange_s + factor * link_s * sent[0] / rows
+            pace.saw_exchange(sent, took_s, took_s, 0.0, portions)
+            return pace.choose(512, whole=False)[1]
+
+        return [saw(4.0, 1, 5), saw(100.0, 3, 1), saw(4.0, 1, 5)]
+
+    assert LocalWorld(2).run(choose) == [[5, 5, 5]] * 2
+
+
+def test_what_was_slow_once_is_tried_again() -> None:
+    def choose(transport: Transport) -> list[int]:
+        pace, rows = Pace(transport, WORK, torch.device("cpu"), nodes=2), 512 * WORK.top_k
+        pace.saw_exchange([rows], 10.0, 10.0, 0.0, 5)
+        chosen = []
+        for _ in range(60):
+            chosen.append(pace.choose(512, whole=False)[1])
+            took_s = 4 * CPU.byte_s * WORK.row_bytes * rows / 2
+            pace.saw_exchange([rows], took_s, took_s, 0.0, chosen[-1])
+        return chosen
+
+    for chosen in LocalWorld(2).run(choose):
+        assert chosen[0] != 5 and chosen[-1] == 5
+
+
+def test_what_is_sent_behind_the_first_chunk_is_work_too() -> None:
+    pace, rows = Pace(LocalTransport(), WORK, torch.device("cpu"), nodes=2), 1000
+    whole_s = CPU.handling_s + CPU.handled_byte_s * WORK.back_bytes * rows
+    pace.saw_exchange([rows, rows, rows], 1.0, 1.0, 2 * whole_s)
+    assert pace.in_chunks.handling.value == pytest.approx(1.0), "three are sent and one has come"
+    pace.saw_exchange([rows], 1.0, 1.0, whole_s)
+    assert pace.in_chunks.handling.value == pytest.approx(1.0)
+    assert not pace.amid.handling.is_known
 
 
 def test_what_rows_amid_others_hide() -> None:
@@ -139,4 +182,4 @@ def test_products_in_two_passes_are_not_taken_for_slow() -> None:
     pass_s = CPU.pass_s + CPU.weight_byte_s * WORK.weight_bytes
     operations_s = CPU.operation_s * WORK.row_operations * 500
     pace.saw_products(500, 2 * pass_s + 3 * operations_s, 1.0, passes=2)
-    assert pace.products == pytest.approx(3.0)
+    assert pace.products.value == pytest.approx(3.0)

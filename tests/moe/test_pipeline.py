@@ -111,6 +111,22 @@ def test_bits_do_not_depend_on_portions(
         assert torch.equal(rows_TD, whole)
 
 
+def test_ranks_may_differ_in_whether_they_ask_for_gradients() -> None:
+    """Those that do take the first chunk whole, the others in portions: rows leave in the same order on all."""
+
+    def run(transport: Transport, with_gradients: tuple[int, ...]) -> Tensor:
+        layer = build(transport, ExchangeConfig(chunks=2, hierarchy="node"))
+        x_TD = noise(TOKENS, 36, seed=2)[shares([6, 0, 16, 1])[transport.rank]]
+        with torch.set_grad_enabled(transport.rank in with_gradients):
+            y_TD: Tensor = layer(x_TD).detach()
+        return y_TD
+
+    world = LocalWorld(4, topology=Topology((0, 0, 1, 1)))
+    expected_TD = torch.cat(world.run(lambda transport: run(transport, ())))
+    for some in ((0,), (1, 2)):
+        assert torch.equal(torch.cat(world.run(lambda transport, some=some: run(transport, some))), expected_TD)
+
+
 @pytest.mark.parametrize("options", [{"wire": "fp8"}, {"hierarchy": "node"}, {"wire": "fp8", "hierarchy": "node"}])
 def test_bits_do_not_depend_on_chunks_in_other_forms(options: dict[str, Any]) -> None:
     """Over two nodes, where the sum over nodes has an order of its own: against the same form undivided."""
@@ -289,7 +305,7 @@ def test_slow_links_are_learned_whatever_the_portions() -> None:
         pace.rates = replace(pace.rates, exchange_s=0.0)  # so that a few rows are enough to learn from
         with torch.no_grad():
             layer(noise(TOKENS, 36, seed=2))
-        return pace.exchange
+        return (pace.amid if portions == 5 else pace.in_chunks).exchange.value
 
     for portions in (1, 2, 5):
         world = LocalWorld(2, topology=Topology((0, 1)))
