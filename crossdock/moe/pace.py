@@ -167,7 +167,8 @@ class Factor:
         return self.value if self.is_known else other.value
 
     def drift(self, other: "Factor") -> None:
-        self.value += DRIFT * (other.value - self.value)
+        """Some of the way down to another that has just been measured."""
+        self.value -= DRIFT * max(self.value - other.value, 0.0)
 
 
 @dataclass(frozen=True)
@@ -185,10 +186,10 @@ class Pace:
     of `comm.legs` in which the first one came. Of five, the host waits for some while others are computed: on a
     GPU it would be streams that wait, which has not been measured, and they are not chosen.
 
-    Rows in chunks and rows amid others have factors of their own, the other's until they have travelled: the first
-    arrival of a call is the end of both legs for a part of its rows, or of the slow leg for all of them. With factors
-    in common, a call in chunks made five portions look as slow as it had been itself. What is not chosen drifts towards
-    what is, so that one slow call does not keep it from being tried again.
+    Rows in chunks and rows amid others have factors of their own, the other's until they have travelled: what is
+    measured is the first chunk's way over both legs, or all rows' over the slow one. With factors in common, a call in
+    chunks made five portions look as slow as it had been itself. What is not chosen drifts down to what is, so that one
+    slow call does not keep it from being tried again.
     """
 
     def __init__(self, transport: Transport, work: Work, device: torch.device, nodes: int = 1) -> None:
@@ -234,25 +235,24 @@ class Pace:
     def saw_exchange(
         self, sent: Sequence[int], took_s: float, waited_s: float, worked_s: float, portions: int = 1
     ) -> None:
-        """Rows that this rank sent in each exchange, the first of which has arrived; where the wait was short, that may
-        have been long ago.
+        """Rows that this rank sent in each exchange, the first of which has arrived, in so many portions; where the
+        wait was short, that may have been long ago.
 
         worked_s: of this process meanwhile, on any core, without products.
         """
-        if not self.measures:
-            return
         rows = sent[0]
+        if not self.measures or not rows:  # without rows of its own a rank has those of others to receive
+            return
         travel, other = (self.amid, self.in_chunks) if portions == 5 else (self.in_chunks, self.amid)
-        handled_s = sum(handling_s(self.rates, self.work, n) for n in (*sent, rows)) / 2
-        if handled_s > 0:
-            travel.handling.towards(worked_s / handled_s)
-        fixed_s, all_s = (exchange_s(self.rates, self.work.row_bytes, n, self.transport.world_size) for n in (0, rows))
-        link_s, before = max(took_s - worked_s * self.crowding.value, SHORT * took_s), travel.exchange.value
-        self._learn(travel.exchange, fixed_s, all_s, link_s)
-        if waited_s <= SHORT * took_s:
-            travel.exchange.value = min(travel.exchange.value, before)
-        other.exchange.drift(travel.exchange)
+        travel.handling.towards(worked_s / sum(handling_s(self.rates, self.work, n) / 2 for n in (*sent, rows)))
         other.handling.drift(travel.handling)
+        fixed_s, all_s = (exchange_s(self.rates, self.work.row_bytes, n, self.transport.world_size) for n in (0, rows))
+        link_s = max(took_s - worked_s * self.crowding.value, SHORT * took_s)
+        before = travel.exchange.or_else(other.exchange)
+        if self._learn(travel.exchange, fixed_s, all_s, link_s):
+            if waited_s <= SHORT * took_s:
+                travel.exchange.value = min(travel.exchange.value, before)
+            other.exchange.drift(travel.exchange)
 
     def saw_products(self, rows: int, took_s: float, worked_s: float, passes: int = 1) -> None:
         """Rows that went through this rank's experts in so many passes. worked_s: of the thread that called them."""
@@ -260,12 +260,13 @@ class Pace:
             return
         fixed_s = passes * products_s(self.rates, self.work, 0)
         all_s = fixed_s + products_s(self.rates, self.work, rows) - products_s(self.rates, self.work, 0)
-        self._learn(self.products, fixed_s, all_s, took_s)
-        if worked_s > 0 and all_s >= 2 * fixed_s:
+        if self._learn(self.products, fixed_s, all_s, took_s) and worked_s > 0:
             self.crowding.towards(min(took_s / worked_s, MOST_CROWDED))
 
     @staticmethod
-    def _learn(factor: Factor, fixed_s: float, all_s: float, took_s: float) -> None:
-        """From calls in which rows weigh more than the rest."""
-        if all_s >= 2 * fixed_s:
+    def _learn(factor: Factor, fixed_s: float, all_s: float, took_s: float) -> bool:
+        """Whether there was anything to learn: from calls in which rows weigh more than the rest."""
+        enough = all_s >= 2 * fixed_s
+        if enough:
             factor.towards((took_s - fixed_s) / (all_s - fixed_s))
+        return enough

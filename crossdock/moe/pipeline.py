@@ -98,7 +98,7 @@ class Flow:
         self._arriving: deque[Pending[Inbound]] = deque()
         self._returning: list[Pending[Tensor]] = []
         self._sent = 0
-        self._began_s = self._began_work_s = self._products_s = 0.0
+        self._began_s = self._began_work_s = self._left_work_s = self._products_s = 0.0
         self._seen = 0, 0.0, 0.0  # of one chunk: rows, seconds that their products took, and of these the thread's own
 
     def start(self) -> None:
@@ -107,6 +107,7 @@ class Flow:
         self._send()
         while self._sent < len(self._chunks) and (self._sent < 2 or isinstance(self._arriving[0], Legs)):
             self._send()
+        self._left_work_s = time.process_time()
 
     def _send(self) -> None:
         x_TD, plan = self._x[self._sent], self._plans[self._sent]
@@ -116,6 +117,7 @@ class Flow:
 
     def __iter__(self) -> Iterator[Inbound]:
         """Each chunk's rows, when they are there; the next chunk's are under way by then."""
+        self._products_s += time.process_time() - self._left_work_s  # shared experts', and what else came in between
         for chunk in range(len(self._chunks)):
             if self._sent < min(chunk + 2, len(self._chunks)):
                 self._send()

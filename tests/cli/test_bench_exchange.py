@@ -117,6 +117,7 @@ def test_a_case_on_one_node(ranks_of_two: Ranks) -> None:
             assert row[f"speedup_{wire}"] == pytest.approx(times["plain layer"] / times[f"{wire} layer"])
         assert row["rows_speedup"] == pytest.approx(times["plain rows"] / times["rows"])
         assert row["internode_bytes"] == row["internode_bytes_minimum"] == 0
+        assert 0 < row["busy_cores"] < 3 and 0 < row["busy_cores_fp8"] < 3, "two ranks, and what moves their rows"
         assert 0 <= row["hidden_fraction"] <= 1 and 0 <= row["hidden_fraction_in_8_chunks_fp8"] <= 1
 
 

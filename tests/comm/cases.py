@@ -128,7 +128,7 @@ def in_portions(
     compute: Callable[[Inbound], Tensor],
     number: int,
 ) -> Tensor:
-    """As the layer's pipeline does it: one portion's results return while the next is computed."""
+    """As the layer's pipeline does it: far results return while near rows are computed, if any still are."""
     returning: Returning | None = None
     for pending in arriving.portions(number):
         portion = pending.wait()

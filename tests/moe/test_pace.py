@@ -147,6 +147,26 @@ def test_what_was_slow_once_is_tried_again() -> None:
         assert chosen[0] != 5 and chosen[-1] == 5
 
 
+def test_what_was_learned_stays_where_later_calls_are_too_small_to_learn_from() -> None:
+    pace = Pace(LocalTransport(), WORK, torch.device("cpu"), nodes=2)
+    pace.transport.world_size = 2
+    pace.saw_exchange([4096], 1.0, 1.0, 0.0, 5)
+    learned = pace.amid.exchange.value
+    assert learned > 1
+    for _ in range(9):
+        pace.saw_exchange([1], 1e-3, 1e-3, 0.0, 1)
+    assert pace.amid.exchange.value == learned
+    for _ in range(9):
+        pace.saw_exchange([4096], 10.0, 10.0, 0.0, 1)
+    assert pace.amid.exchange.value == learned, "what is slower in chunks is not slower amid others"
+
+
+def test_a_rank_without_rows_says_nothing_about_their_cost() -> None:
+    pace = Pace(LocalTransport(), WORK, torch.device("cpu"))
+    pace.saw_exchange([0], 1.0, 1.0, 1.0)
+    assert not pace.in_chunks.handling.is_known and not pace.in_chunks.exchange.is_known
+
+
 def test_what_is_sent_behind_the_first_chunk_is_work_too() -> None:
     pace, rows = Pace(LocalTransport(), WORK, torch.device("cpu"), nodes=2), 1000
     whole_s = CPU.handling_s + CPU.handled_byte_s * WORK.back_bytes * rows

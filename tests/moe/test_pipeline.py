@@ -276,7 +276,7 @@ def test_links_are_measured_by_rows_of_all_nodes(monkeypatch: pytest.MonkeyPatch
         pace = layer.pipeline.pace
         assert pace is not None
         monkeypatch.setattr(pace, "choose", lambda *_: chosen)
-        monkeypatch.setattr(pace, "saw_exchange", lambda *_: found.append("measured"))
+        monkeypatch.setattr(pace, "saw_exchange", lambda sent, *_: found.append(f"measured {len(sent)}"))
         monkeypatch.setattr(pace, "saw_products", lambda *_, passes: found.append(f"{passes} passes"))
         layer.experts.register_forward_pre_hook(lambda *_: found.append("experts"))
         with torch.no_grad():
@@ -286,11 +286,11 @@ def test_links_are_measured_by_rows_of_all_nodes(monkeypatch: pytest.MonkeyPatch
     world = LocalWorld(4, topology=Topology((0, 0, 1, 1)))
     one = ["experts", "1 passes"]
     for found in world.run(lambda transport: notes(transport, (3, 2))):
-        assert found == ["experts", "measured", "experts", "2 passes", *one, *one]
+        assert found == ["experts", "measured 3", "experts", "2 passes", *one, *one]
     for found in world.run(lambda transport: notes(transport, (1, 5))):
-        assert found == ["experts", "measured", *["experts"] * 4, "2 passes"]
+        assert found == ["experts", "measured 1", *["experts"] * 4, "2 passes"]
     for found in world.run(lambda transport: notes(transport, (1, 1))):
-        assert found == ["measured", *one]
+        assert found == ["measured 1", *one]
 
 
 def test_slow_links_are_learned_whatever_the_portions() -> None:
@@ -305,7 +305,9 @@ def test_slow_links_are_learned_whatever_the_portions() -> None:
         pace.rates = replace(pace.rates, exchange_s=0.0)  # so that a few rows are enough to learn from
         with torch.no_grad():
             layer(noise(TOKENS, 36, seed=2))
-        return (pace.amid if portions == 5 else pace.in_chunks).exchange.value
+        travel, other = (pace.amid, pace.in_chunks) if portions == 5 else (pace.in_chunks, pace.amid)
+        assert travel.exchange.is_known and not other.exchange.is_known
+        return travel.exchange.value
 
     for portions in (1, 2, 5):
         world = LocalWorld(2, topology=Topology((0, 1)))

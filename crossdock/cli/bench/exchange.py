@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ROUTINGS = ("random", "skewed")
 EMULATED = (2048, 4096, 7168), (512, 4096)  # hidden sizes and tokens a rank
 ONE_MACHINE = (2048, 7168), (8, 512)
-BUDGET_S = 30.0  # of a case's rounds, unless three take longer
+BUDGET_S = 30.0  # of a case's rounds, unless five take longer
 # So that products take as long beside the plain form's traffic as on a real cluster: there a rank has 400e12 usable
 # operations a second (H100) behind 45e9 bytes a second, 8900 operations a byte. Here, four ranks on two cores that give
 # 170e9 among everything else that a layer does (200e9 alone), it has 85e9 behind 48e6 (half of a link of 97 MB/s), 1770
@@ -51,7 +51,7 @@ def exchange(
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Only so many tokens a rank; repeatable.")] = None,
     routing: Annotated[list[str] | None, typer.Option(help="Only random or only skewed.")] = None,
     expert_size: Annotated[int, typer.Option(min=1, help="Inner size of an expert.")] = EXPERT_SIZE,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; as time allows by default, 3 to 15.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; as time allows by default, 5 to 15.")] = None,
     device: Device = None,
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in seconds.")] = 120.0,
     plot: Plot = None,
@@ -173,6 +173,7 @@ def _row(case: "Case", found: "Found") -> dict[str, Any]:
         row[f"hidden_fraction{name}"] = found.hidden[wire]
         row[f"hidden_fraction_in_{CHUNKS}_chunks{name}"] = found.hidden_in_chunks[wire]
         row[f"arrivals_seen_at_the_wait_only{name}"] = found.unseen[wire]
+        row[f"busy_cores{name}"] = found.busy[wire]
         # of the exchange's time, what the layer does not take beyond the time of its products
         row[f"saved_fraction{name}"] = (took[wire] + took["experts"] - took[f"{wire} layer"]) / took[wire]
     row["chunks"], row["portions"] = found.chunks, found.portions

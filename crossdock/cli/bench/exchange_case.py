@@ -7,6 +7,7 @@ by what the plain layer gives, token by token.
 Legend: T tokens a rank, D hidden, E experts, K experts per token, L slots a rank, F inner size of an expert.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mode
@@ -68,7 +69,8 @@ class Found:
     """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire, and
     in CHUNKS; unseen: flights of those calls whose arrival was seen no sooner than at the wait, which makes the parts
     too large. chunks: how many a layer took in most rounds, by the name of its time, and in how many portions the first
-    of them came (`crossdock.comm.legs`).
+    of them came (`crossdock.comm.legs`). busy: processor cores at work in a layer, over all ranks and on average: where
+    all there are, products have nothing more to hide.
 
     crossed, minimum: bytes of rows between nodes in one exchange, there and back, over all ranks, by form; the minimum
     is each (token, node) pair once. metadata: bytes of integers and weights beside them.
@@ -78,6 +80,7 @@ class Found:
     hidden: dict[str, float | None]
     hidden_in_chunks: dict[str, float | None]
     unseen: dict[str, int]
+    busy: dict[str, float]
     chunks: dict[str, int]
     portions: dict[str, int]
     crossed: dict[str, int]
@@ -194,8 +197,9 @@ class Contenders:
         flights = {wire: self._flights(ours, ours.whole, x_TD, routing) for wire, ours in self.ours.items()}
         divided = {wire: self._flights(ours, ours.in_chunks, x_TD, routing) for wire, ours in self.ours.items()}
         unseen = {wire: flights[wire]["unseen"] + divided[wire]["unseen"] for wire in self.ours}
+        busy = {wire: total["worked"] / total["took"] * self.transport.world_size for wire, total in flights.items()}
         hidden = _hidden(flights), _hidden(divided)
-        return Found(times, *hidden, unseen, chunks, portions, crossed, minimum, metadata)
+        return Found(times, *hidden, unseen, busy, chunks, portions, crossed, minimum, metadata)
 
     def _bytes(self, routing: Routing) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
         """(rows that crossed, rows that must, integers that crossed): bytes by form, of one exchange of each."""
@@ -252,15 +256,21 @@ class Contenders:
 
     def _flights(self, ours: Ours, form: Form, x_TD: Tensor, routing: Routing) -> dict[str, int]:
         """Of a second call of the form, summed over the ranks: nanoseconds in which rows were in flight, of these those
-        in which their rank waited, and flights whose arrival was only seen at the wait."""
+        in which their rank waited, and flights whose arrival was only seen at the wait; and nanoseconds that the call
+        took, and for which any core worked for it."""
         form(x_TD, routing)
+        self.transport.all_gather([0], "bench start")
         ours.recorder.clear()
         ours.recorder.paused = False
+        began_s, began_work_s = time.perf_counter(), time.process_time()
         form(x_TD, routing)
+        took_s, worked_s = time.perf_counter() - began_s, time.process_time() - began_work_s
         ours.recorder.paused = True
         told = ours.recorder.told()
         flown, seen = flown_and_seen(told["in_flight"], told["waiting"])
-        return self._total({"flown": round(flown * 1e9), "seen": round(seen * 1e9), "unseen": told["seen_at_wait"]})
+        found_s = {"flown": flown, "seen": seen, "took": took_s, "worked": worked_s}
+        found = {name: round(seconds * 1e9) for name, seconds in found_s.items()}
+        return self._total(found | {"unseen": told["seen_at_wait"]})
 
 
 def _hidden(flights: dict[str, dict[str, int]]) -> dict[str, float | None]:
