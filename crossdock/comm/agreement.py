@@ -50,8 +50,8 @@ class Told:
 @dataclass(frozen=True)
 class Header(Told):
     """What ranks must agree about. `exchange` counts a dispatcher's plans, `planned_together` are those of one gather,
-    `row_bytes` are a row's on the wire, `plans_with_weights` is 1 where weights travel with the plans. The last three
-    are those of mode latency.
+    `row_bytes` are a row's on the wire, `checksum_of_placement` says which expert each slot holds, where a layer knows,
+    `plans_with_weights` is 1 where weights travel with the plans. The last three are those of mode latency.
     """
 
     hierarchy: int
@@ -64,6 +64,7 @@ class Header(Told):
     dtype: int
     row_bytes: int
     experts_per_token: int
+    checksum_of_placement: int = 0
     plans_with_weights: int = 0
     max_tokens: int = 0
     capacity: int = 0

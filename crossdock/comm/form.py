@@ -22,6 +22,8 @@ from crossdock.errors import ConfigError
 class Exchange(Protocol):
     """The calls of every form, described at `Dispatcher`. A plan is for the form that made it, and so is an inbound."""
 
+    checksum_of_placement: int
+
     @property
     def transport(self) -> Transport: ...
 
@@ -68,6 +70,7 @@ class ExchangeForm:
         self.sender = Sender(transport.rank, transport.topology, self.row_bytes, hidden_size * dtype.itemsize)
         self.layer = transport.register()
         self.step = 0
+        self.checksum_of_placement = 0  # of what stands in the slots, for those who know it
 
     def header(self, experts_per_token: int, together: int = 1, with_weights: bool = False) -> Header:
         """Of the last `together` exchanges, which were planned together."""
@@ -82,6 +85,7 @@ class ExchangeForm:
             DTYPES.index(self.dtype),
             self.row_bytes,
             experts_per_token,
+            self.checksum_of_placement,
             int(with_weights),
         )
 

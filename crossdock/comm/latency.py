@@ -69,6 +69,7 @@ class LatencyInbound(Inbound):
     track: Track
     tracks: Tracks
     arranged: Arranged
+    awaits: object
 
 
 class LatencyDispatcher(ExchangeForm):
@@ -156,15 +157,19 @@ class LatencyDispatcher(ExchangeForm):
     def combine_async(
         self, out_RD: Tensor, weights_TK: Tensor, inbound: Inbound, plus_TD: Tensor | None = None
     ) -> Pending[Tensor]:
-        """The same in two: this sends, `wait` receives and adds up."""
+        """The same in two: this sends, `wait` receives and adds up. Once for each dispatch: then its buffers are taken
+        for another. Raises ConfigError for a second time."""
         if not isinstance(inbound, LatencyInbound):
             raise ConfigError("combine must get what this form of the exchange dispatched, found rows of another form")
+        if inbound.awaits is not inbound.track.awaits:
+            raise ConfigError(f"{phase_of('combine', inbound.plan.step, self.layer)}: its rows were combined before")
         plan, track, tracks, arranged = cast(LatencyPlan, inbound.plan), inbound.track, inbound.tracks, inbound.arranged
         rows = len(inbound.rows_RD if inbound.row_ids_R is None else inbound.row_ids_R)
         self.check_combine(out_RD, rows, weights_TK, tuple(plan.outgoing.position_TK.shape), plus_TD)
         _check_no_gradient(out_RD, weights_TK, plus_TD)
         turn, rows_RD, words = self._enter("combine", plan, tracks), out_RD.detach().contiguous(), self._words(plan)
         places = arranged.first_W, arranged.last_W
+        track.awaits = None
         track.back.send(Parcel(rows_RD, *places, (*words, 0), ANY, arranged.place_R, arranged.to_W))
 
         def finish() -> Tensor:
@@ -281,7 +286,7 @@ class LatencyDispatcher(ExchangeForm):
             rows_RX, row_ids_R = rows_RX.index_select(0, arranged.row_ids_R[: int(arranged.ends_L[-1])]), None
         return LatencyInbound(
             rows_RX, arranged.ends_L, plan, row_ids_R, self.codec, self.dtype,
-            track=track, tracks=tracks, arranged=arranged,
+            track=track, tracks=tracks, arranged=arranged, awaits=track.awaits,
         )  # fmt: skip
 
 

@@ -62,11 +62,12 @@ class TrackForm:
 
 @dataclass(eq=False)
 class Track:
-    """`busy` from a dispatch until its combine has been received."""
+    """`busy` from a dispatch until its combine has been received; `awaits` that combine, until it has been sent."""
 
     out: Mailbox
     back: Mailbox
     busy: bool = False
+    awaits: object = None
 
 
 class Trouble(NamedTuple):
@@ -98,7 +99,7 @@ class Tracks:
         track = self.all[self._turn % TRACKS]
         if track.busy:
             raise ConfigError(f"{where}: {TRACKS} dispatches of latency mode are under way: wait for a combine first")
-        track.busy = True
+        track.busy, track.awaits = True, object()
         self._turn += 1
         return track
 

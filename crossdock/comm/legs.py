@@ -25,6 +25,7 @@ from crossdock.comm.lane import by_slot
 from crossdock.comm.node_plan import NodePlan, order, place
 from crossdock.comm.plan import DispatchPlan
 from crossdock.comm.transport import Done, Pending, Then
+from crossdock.errors import ConfigError
 
 if TYPE_CHECKING:
     from crossdock.comm.hierarchy import HierarchicalDispatcher
@@ -148,6 +149,7 @@ class Returning(Legs):
         if known is None:
             self._far_weights_AK = form.send_weights(weights_TK, plan)
         else:
+            _check_known(weights_TK, plan)
             if known.is_cuda:  # from the stream of the plan, for that of the exchange
                 known.record_stream(torch.cuda.current_stream(known.device))
             self._far_weights_AK = Done(form.rail.followed(weights_TK.float(), known, plan.outer, "weights"))
@@ -210,3 +212,12 @@ class Returning(Legs):
         plan, backend = self.plan, self.form.backend
         near_TD = weigh(self._inside["near"].wait(), self.weights_TK, plan.near.outgoing, None, backend)
         return weigh(torch.cat([near_TD, self._crossing.wait()]), None, plan.home, self.plus_TD, backend)
+
+
+def _check_known(weights_TK: Tensor, plan: NodePlan) -> None:
+    """Raises ConfigError for others than those that have travelled with the plan; on a GPU that would wait for it."""
+    known_TK = plan.weights_TK
+    if known_TK is None or known_TK.is_cuda or known_TK.shape != weights_TK.shape:
+        return
+    if not torch.allclose(known_TK, weights_TK.detach().float(), rtol=0.0, atol=0.0, equal_nan=True):
+        raise ConfigError("weights_TK of combine must be those of the plan, which have gone to other nodes with it")

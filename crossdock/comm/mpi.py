@@ -20,6 +20,7 @@ moves them meanwhile where MPIR_CVAR_ASYNC_PROGRESS=1 is set, on a core of its o
 import os
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import accumulate
@@ -42,7 +43,9 @@ LONGEST_BURST = 256  # polls between two sleeps: 4 MB of rows, or 0.1 ms where n
 PAUSES_S = (20e-6, 1e-3)  # the first and the longest sleep
 LONGEST_CALL_S = 0.02  # that a poll waits for another thread's call into MPI: one that divides ranks may never return
 INTEGERS, ROWS = 0, 1
-HEADER = np.dtype([("kind", "i8"), ("width", "i8"), ("count", "i8"), ("phase", "S72")])  # count items of width bytes
+HEADER = np.dtype(  # count items of width bytes, over the transport whose name has that checksum
+    [("transport", "i8"), ("kind", "i8"), ("width", "i8"), ("count", "i8"), ("phase", "S72")]
+)
 _yield_core = getattr(os, "sched_yield", lambda: None)
 _one_call = threading.Lock()  # MPI is initialised for one caller at a time, and a backward pass may be another thread
 _row_types: dict[int, Any] = {}  # MPI datatypes by the bytes of a row
@@ -169,11 +172,11 @@ class MpiTransport:
     def all_to_all_rows(
         self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
     ) -> Pending[Tensor]:
-        turn = self._enter(phase)
         bytes_SB = bytes_of(rows_SD.detach())
         width, on_gpu = bytes_SB.shape[1], bytes_SB.is_cuda
         sent_SB = _to_host(bytes_SB) if on_gpu else bytes_SB
         arrived_RB = torch.empty(sum(recv_counts), width, dtype=torch.uint8, pin_memory=on_gpu)
+        turn = self._enter(phase)  # not before there is room for what arrives
         if width not in _row_types:
             _row_types[width] = self._job().mpi.BYTE.Create_contiguous(width).Commit()
         moving = _Moving(max(sent_SB.numel(), arrived_RB.numel()))
@@ -201,27 +204,29 @@ class MpiTransport:
         """Tells each rank what it is about to get from here, and has what the others tell checked."""
 
         def headers(counts: list[int]) -> Any:
-            return np.array([(kind, width, count, turn.phase.encode()) for count in counts], dtype=HEADER)
+            name, phase = zlib.crc32(self._channel.name.encode()), turn.phase.encode()
+            return np.array([(name, kind, width, count, phase) for count in counts], dtype=HEADER)
 
         arrived_W: Any = np.empty(self.world_size, dtype=HEADER)
 
         def check() -> None:
             for rank, (theirs, ours) in enumerate(zip(arrived_W.tolist(), headers(expected).tolist(), strict=True)):
-                if theirs != ours and not (kind == INTEGERS and theirs[:3] == ours[:3]):
+                if theirs != ours and not (kind == INTEGERS and theirs[:4] == ours[:4]):
                     raise self._mismatch(rank, theirs, ours, turn)
 
         moving.check = check
         moving.start(self._comm.Ialltoall, headers(sent).view(np.uint8), arrived_W.view(np.uint8))
 
     def _mismatch(
-        self, rank: int, theirs: tuple[int, int, int, bytes], ours: tuple[int, int, int, bytes], turn: Turn
+        self, rank: int, theirs: tuple[int, int, int, int, bytes], ours: tuple[int, int, int, int, bytes], turn: Turn
     ) -> CrossdockError:
         """Makes it the group's failure: what was started behind the headers does not fit together."""
         member = self.members[rank]
-        if theirs[0] != ours[0] or theirs[3] != ours[3]:
-            text = f"rank {member} is elsewhere: {theirs[3].decode(errors='replace')}"
+        if theirs[:2] != ours[:2] or theirs[4] != ours[4]:
+            by = "" if theirs[0] == ours[0] else " by another transport"
+            text = f"rank {member} is elsewhere: {theirs[4].decode(errors='replace')}{by}"
         else:
-            text = f"rank {member} sends {theirs[2]} of {theirs[1]} bytes, expected {ours[2]} of {ours[1]}"
+            text = f"rank {member} sends {theirs[3]} of {theirs[2]} bytes, expected {ours[3]} of {ours[2]}"
         watch = self._channel.watch
         return watch.fail(Failure("mismatch", (member,), text, watch.rank)).error(watch.rank, turn.phase)
 

@@ -37,7 +37,8 @@ class NodePlan:
     """`home` adds up what comes back to this rank: rows are its near sums [T], then what returned over the rail.
 
     `direct` are the rows that this rank would send to each rank, and get from it, without nodes. far_weights_AK
-    (float32, without history) are the weights of the rows that arrive, where the plan was made with weights.
+    (float32, without history) are the weights of the rows that arrive, and weights_TK those of this rank's tokens,
+    where the plan was made with weights.
     """
 
     outer: DispatchPlan
@@ -48,6 +49,7 @@ class NodePlan:
     direct: tuple[list[int], list[int]]
     sender: Sender
     far_weights_AK: Tensor | None = None
+    weights_TK: Tensor | None = None
 
     def explain(self) -> Traffic:
         """What this rank sends, before and after."""
@@ -158,11 +160,12 @@ def plan_over_nodes(
     plans = []
     for number, part in enumerate(parts):
         places, home = part.choices.places, _home(outer[number].outgoing, part.choices)
-        known = part.weights_TK is not None
-        far_weights = arrived[number][:, top_k:].contiguous().view(torch.float32) if known else None
+        weights = None if part.weights_TK is None else part.weights_TK.detach()
+        far_weights = None if weights is None else arrived[number][:, top_k:].contiguous().view(torch.float32)
         near_plan, far_plan = inside[number], inside[len(parts) + number]
         direct = part.counts.direct(places)
-        plans.append(NodePlan(outer[number], near_plan, far_plan, home, step + number, direct, sender, far_weights))
+        made = outer[number], near_plan, far_plan, home, step + number, direct, sender
+        plans.append(NodePlan(*made, far_weights_AK=far_weights, weights_TK=weights))
     return plans
 
 

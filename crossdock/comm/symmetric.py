@@ -72,7 +72,7 @@ class SymmetricTransport:
 
     def __init__(self, group: EPGroup) -> None:
         alone = group.process_group is None and group.world_size == 1
-        self._join(LocalTransport(group.timeout_s) if alone else TorchTransport(group), group.device)
+        self._join(LocalTransport(group.timeout_s) if alone else TorchTransport(group, self.name), group.device)
 
     def _join(self, control: Transport, device: torch.device) -> None:
         self.control, self.device, self.line = control, device, make_line(control)
@@ -106,11 +106,11 @@ class SymmetricTransport:
     def all_to_all_rows(
         self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
     ) -> Pending[Tensor]:
-        turn = self.line.enter(phase)
-        if self._mismatch is not None:
-            raise self._mismatch
         rows_SB = bytes_of(rows_SD)
         out_RB = rows_SB.new_empty(sum(recv_counts), rows_SB.shape[1])
+        turn = self.line.enter(phase)  # not before there is room for what arrives
+        if self._mismatch is not None:
+            raise self._mismatch
         exchange = _Exchange(self._started, turn, rows_SB, send_counts, recv_counts, out_RB)
         if not self._boxes:
             mine = max(self._leaving(exchange)) * rows_SB.shape[1]

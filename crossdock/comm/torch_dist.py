@@ -9,7 +9,7 @@ are called directly: torch.distributed's functions check what was checked here a
 Gloo ends the process where a rank gets more bytes than it expects, and leaves garbage where it gets less. So all
 messages of a gather are equally long, as long as any was so far (up to MOST_ROOM integers), and begin with a tag:
 
-    true length | checksum of all phases so far, rows' too | this phase's name | values | padding
+    true length | checksum of this transport's name and all its phases so far | this phase's name | values | padding
 
 Ranks that gather other numbers of integers are told apart by it, and so are ranks that have come by other exchanges:
 those that moved rows in another order got wrong ones, and learn it at the next gather, which is the next plan's.
@@ -43,11 +43,12 @@ class TorchTransport:
 
     name = "torch"
 
-    def __init__(self, group: EPGroup) -> None:
+    def __init__(self, group: EPGroup, kind: str = "torch") -> None:
+        """`kind`: of the transport that ranks have made, where this one is only a part of it."""
         if group.bond is None:
             raise ConfigError("transport 'torch' needs a process group: start with torchrun and call crossdock.init()")
         bond = group.bonded()
-        self._place(group, bond.whole, bond.name(), group.members, group.topology)
+        self._place(group, bond.whole, bond.name(kind), group.members, group.topology)
 
     def _place(self, group: EPGroup, links: Links, name: str, members: tuple[int, ...], topology: Topology) -> None:
         self._group, self._links = group, links
@@ -56,7 +57,7 @@ class TorchTransport:
         self.timeout_s = group.timeout_s
         self._channel = group.bonded().watch.channel(name, members, group.timeout_s)
         self._users = self._splits = 0
-        self._room, self._so_far = FIRST_ROOM, 0
+        self._room, self._so_far = FIRST_ROOM, zlib.crc32(name.encode())
 
     def abort(self, why: str) -> None:
         self._channel.watch.abort(why)
@@ -118,7 +119,8 @@ class TorchTransport:
         elif lengths[odd] != lengths[other]:
             text = f"{who} gathers {lengths[odd]} integers, expected {lengths[other]}"
         else:
-            text = f"{who} has come here by other exchanges, or in another order, than rank {self.members[other]}"
+            than = f"than rank {self.members[other]}"
+            text = f"{who} has come here by other exchanges or transports, or in another order, {than}"
         watch = self._channel.watch
         failure = Failure("mismatch", (self.members[odd],), text, self.members[other])
         raise watch.fail(failure).error(watch.rank, turn.phase)
@@ -126,10 +128,10 @@ class TorchTransport:
     def all_to_all_rows(
         self, rows_SD: Tensor, send_counts: list[int], recv_counts: list[int], phase: str
     ) -> Pending[Tensor]:
+        bytes_SB = bytes_of(rows_SD)
+        arrived_RB = bytes_SB.new_empty(sum(recv_counts), bytes_SB.shape[1])  # without room for it, not in this turn
         turn = self._channel.enter(phase)
         self._so_far = zlib.crc32(phase.encode(), self._so_far)
-        bytes_SB = bytes_of(rows_SD)
-        arrived_RB = bytes_SB.new_empty(sum(recv_counts), bytes_SB.shape[1])
         work = self._begin(lambda links: links.rows.alltoall_base(arrived_RB, bytes_SB, recv_counts, send_counts))
         moving = _Moving(work)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crossdock.comm.transport import Transport
-from crossdock.errors import ConfigError
+from crossdock.errors import ConfigError, PlanMismatch
 from crossdock.moe.experts import Experts
 from crossdock.moe.layer import MoELayer
 from crossdock.parallel import ExpertPlacement
@@ -25,25 +25,40 @@ def sum_replicated_gradients(model: nn.Module, transport: Transport) -> None:
 
     A parameter without a gradient on this rank counts as zero. Sums are float32. Call it between backward and the
     optimiser's step; scale the loss by the number of tokens of all ranks beforehand to get a mean. Raises ConfigError
-    naming a layer whose experts are spread over another number of ranks.
+    naming a layer whose experts are spread over another number of ranks, and PlanMismatch before anything moves where a
+    rank has others to sum up, such as parameters that are frozen elsewhere.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
     for name, layer in layers:
         if layer.placement.world_size != transport.world_size:
             raise ConfigError(f"the experts of layer {name!r} stand on {layer.placement.world_size} ranks, "
                               f"but gradients are to be summed over {transport.world_size}")  # fmt: skip
-    for name, layer in layers:
-        _sum_replicas(layer, transport, f"sum of replicas' gradients in layer {name}")
-    if transport.world_size == 1:
-        return
     sharded = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     replicated = [p for p in model.parameters() if p.requires_grad and id(p) not in sharded]
-    if not replicated:
+    _check_alike(transport, replicated, [p for _, layer in layers for p in _trained(layer)])
+    for name, layer in layers:
+        _sum_replicas(layer, transport, f"sum of replicas' gradients in layer {name}")
+    if transport.world_size == 1 or not replicated:
         return
     flat_N = torch.cat([_gradient(p).reshape(-1).float() for p in replicated])
     total_N = _sum(flat_N, transport)
     for parameter, part in zip(replicated, torch.split(total_N, [p.numel() for p in replicated]), strict=True):
         parameter.grad = part.view(parameter.shape).to(parameter.dtype)
+
+
+def _check_alike(transport: Transport, replicated: list[nn.Parameter], of_experts: list[nn.Parameter]) -> None:
+    """Raises PlanMismatch where ranks hold other numbers of values that have gradients, of either kind."""
+    mine = [sum(p.numel() for p in some) for some in (replicated, of_experts)]
+    for rank, theirs in enumerate(transport.all_gather(mine, "start of sums of gradients")):
+        for what, found, expected in zip(("replicated", "experts'"), theirs, mine, strict=True):
+            if found != expected:
+                me, other = transport.members[transport.rank], transport.members[rank]
+                text = f"rank {other} has gradients for {found} {what} values, expected {expected} as here"
+                raise PlanMismatch(f"rank {me}: sums of gradients: {text}")
+
+
+def _trained(layer: MoELayer) -> list[nn.Parameter]:
+    return [weight for weight in layer.experts.parameters() if weight.requires_grad]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -66,7 +81,7 @@ def _sum(flat_N: Tensor, transport: Transport) -> Tensor:
 def _sum_replicas(layer: MoELayer, transport: Transport, phase: str) -> None:
     """Replicas of one expert all get the sum of their gradients, added up in ascending order of their slots."""
     placement, rank = layer.placement, transport.rank
-    weights = [weight for weight in layer.experts.parameters() if weight.requires_grad]
+    weights = _trained(layer)
     home = _homes(placement)
     if not weights or not home:
         return

@@ -125,6 +125,7 @@ class MoELayer(nn.Module):
             capacity=exchange.capacity,
             on_overflow=exchange.on_overflow,
         )
+        self.dispatcher.checksum_of_placement = placement.checksum
         self.placement, self.exchange, self.recorder = placement, exchange, recorder_of(transport)
         work = Work.of(config, self.dtype, placement.slots_per_rank, codec)
         self.pipeline = Pipeline(self.dispatcher, exchange, work, device, self.recorder)

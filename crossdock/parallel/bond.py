@@ -52,10 +52,10 @@ class Bond:
         self._names = 0
         self._letting_go = threading.Lock()
 
-    def name(self) -> str:
+    def name(self, kind: str) -> str:
         """A name for a channel, the same on all ranks, which ask for names in the same order."""
         self._names += 1
-        return f"torch {self._names}"
+        return f"{kind} {self._names}"
 
     def part(self, name: str, rank: int, size: int, timeout_s: float) -> Links:
         """Links among some of the ranks; a collective of those. Raises RuntimeError kin."""

@@ -21,6 +21,7 @@ from crossdock.parallel.bond import Bond, release
 from crossdock.parallel.joining import MeetingPoint, adopt, join
 from crossdock.parallel.mpi_launch import join_mpi
 from crossdock.parallel.topology import Topology
+from crossdock.parallel.watch import share_failure
 
 LONGEST_S = 1e9  # 31 years: torch counts its timeouts in 64-bit nanoseconds
 # Of MPICH, of Open MPI. The command line, which reads them before torch is imported, has its own.
@@ -104,6 +105,8 @@ class EPGroup:
         object.__setattr__(self, "bond", bond)
         object.__setattr__(self, "process_group", bond.whole.process_group)
         bond.watch.when_failed(lambda: release(self.let_go()))
+        if self.communicator is not None:  # of a group that mpiexec started, which torch watches too from now on
+            share_failure(bond.watch, self.communicator.watch)
 
     def bonded(self) -> Bond:
         """The bond. Raises ConfigError where there is none, or none any more."""

@@ -7,6 +7,7 @@ replicas of any expert.
     physical_to_logical                         0  1   | 2  3   | 4  0        expert 0 has a replica on rank 2
 """
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -75,6 +76,11 @@ class ExpertPlacement:
         if missing:
             raise RankFailure(f"experts {missing} are lost: no rank but {sorted(lost)}, which are gone, held them")
         return ExpertPlacement(self.num_experts, len(stay), held, left=True)
+
+    @property
+    def checksum(self) -> int:
+        """Of what each slot holds, for ranks to compare."""
+        return zlib.crc32(repr(self.physical_to_logical).encode())
 
     @property
     def num_slots(self) -> int:

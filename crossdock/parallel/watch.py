@@ -11,10 +11,14 @@ A rank that is stopped or whose machine vanished closes nothing. Only the timeou
 all is well, and a rank that is merely slow is left alone until then.
 """
 
+import atexit
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from crossdock.errors import CrossdockError
 from crossdock.parallel.bounded import Background
@@ -27,6 +31,7 @@ SLICE_S = 0.05  # how often a wait looks whether there is still something to wai
 SETTLE_S = 0.3  # what a lost rank sent before its end may still be arriving, and so may the news of a second one
 EARLY = 0.9  # share of the timeout before which an exchange that breaks did so for another reason
 ANSWER_S = 2.0  # how long a rank may take to say where it stands before it counts as silent
+_open: "WeakSet[Watch]" = WeakSet()
 
 
 class Watch:
@@ -42,6 +47,7 @@ class Watch:
         self._asked = 0
         self._answers: dict[int, Standing] = {}
         wires.on_messages(epoch, self._handle)
+        _open.add(self)
 
     def fail(self, failure: Failure) -> Failure:
         """Makes `failure` the group's, unless it has one; returns the one that is. Tells the others."""
@@ -90,6 +96,7 @@ class Watch:
 
     def close(self) -> None:
         """Says goodbye to all; threads end."""
+        _open.discard(self)
         self.wires.close(self.standing)
 
     def _set(self, failure: Failure) -> bool:
@@ -119,6 +126,26 @@ class Watch:
                     self._answers[sender] = {n: Place.heard(place) for n, place in message["standing"].items()}
             case kind:
                 self.notes.setdefault(kind, {})[sender] = message
+
+
+@atexit.register
+def _say_goodbye() -> None:
+    """Of a process that ends in good order without having closed its groups: others may still be in what it has done.
+
+    The newest watch over the same wires first: it knows where the rank stands.
+    """
+    if getattr(sys, "last_value", None) is None:
+        for watch in sorted(_open, key=lambda watch: -watch.epoch):
+            watch.close()
+
+
+os.register_at_fork(after_in_child=_open.clear)  # what a child closes its parent could no longer use
+
+
+def share_failure(one: Watch, other: Watch) -> None:
+    """What ends one ends the other, too; both are of the same ranks."""
+    for here, there in ((one, other), (other, one)):
+        here.when_failed(lambda here=here, there=there: there.fail(here.failure))  # type: ignore[misc]
 
 
 class Channel:

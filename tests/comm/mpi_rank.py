@@ -104,6 +104,20 @@ def other_counts(group: EPGroup) -> Any:
     ones(carrier, "combine")
 
 
+def other_transport(group: EPGroup) -> Any:
+    """Two over one communicator; rank 1 takes the other one first."""
+    carriers = [make_transport(group), make_transport(group)]
+    ones(carriers[int(group.rank == 1)], "dispatch")
+
+
+def aborts_torch(group: EPGroup) -> Any:
+    """What ends one of a group's transports ends a wait on another."""
+    over_torch, carrier = make_transport(group, "torch"), make_transport(group)
+    if group.rank == 1:
+        over_torch.abort("its disk is full")
+    ones(carrier, "dispatch")
+
+
 def other_parts(group: EPGroup) -> Any:
     make_transport(group).split([[0], [1, 2]] if group.rank == 1 else [[0, 1], [2]])
 
@@ -184,7 +198,8 @@ def raises(group: EPGroup) -> Any:
 PARTS: dict[str, Callable[[EPGroup], Any]] = {
     part.__name__: part
     for part in (conformance, over_nodes, parts, in_flight, on_gpu, other_nodes, over_torch, disagree, other_phase,
-                 other_counts, other_parts, leaves, aborts, late, dies, is_killed, is_stopped, raises)
+                 other_counts, other_transport, other_parts, aborts_torch, leaves, aborts, late, dies, is_killed,
+                 is_stopped, raises)
 }  # fmt: skip
 
 

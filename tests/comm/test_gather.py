@@ -2,7 +2,7 @@
 
 import doctest
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_ranks_that_gather_other_lengths_are_named_by_all(number: int, said: lis
 def test_rows_that_moved_in_another_order_are_named_at_the_next_plan(
     number: int, odd: int, said: list[list[str]]
 ) -> None:
-    text = f"rank {odd} has come here by other exchanges, or in another order, than rank {int(odd == 0)}"
+    text = f"rank {odd} has come here by other exchanges or transports, or in another order, than rank {int(odd == 0)}"
     for rank, errors in enumerate(said):
         assert errors[number].startswith(f"PlanMismatch: rank {rank}: {PLAN} in MoE layer 0: "), errors[number]
         assert text in errors[number]
@@ -131,3 +131,16 @@ def arrivals(group: EPGroup) -> tuple[float, float, float]:
 def test_rows_are_seen_arriving_before_they_are_waited_for(ranks_of_two: Ranks) -> None:
     for plain_s, recorded_s, seen_arriving in ranks_of_two.run(arrivals):
         assert 0 < plain_s < 0.8 and 0 < recorded_s < 0.8 and seen_arriving
+
+
+def other_transport(group: EPGroup, kinds: Sequence[str]) -> list[list[int]]:
+    """Two transports each, over the same connections; rank 1 uses the other one first."""
+    transports = [make_transport(group, kinds[(group.rank + number) % 2]) for number in range(2)]
+    return transports[group.rank if kinds[0] == kinds[1] else 0].all_gather([1], "count")
+
+
+@pytest.mark.parametrize("kinds", [("torch", "torch"), ("torch", "symmetric")])
+def test_ranks_that_use_another_transport_are_told_apart(kinds: tuple[str, str]) -> None:
+    with Ranks(2) as ranks:
+        for rank, text in enumerate(ranks.run(errors_of, [partial(other_transport, kinds=kinds)])):
+            assert text[0].startswith(f"PlanMismatch: rank {rank}: count: ") and "exchanges or transports" in text[0]

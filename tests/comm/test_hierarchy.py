@@ -272,6 +272,10 @@ def test_wrong_arguments_are_named() -> None:
             exchange.plans([ids_of(0), ids_of(0)[:, :2]])
         with pytest.raises(ConfigError, match="plus_TD is on meta, but out_RD is on cpu"):
             exchange.combine(rows_RD, ones, inbound, torch.ones(6, 5, device="meta"))
+        known = exchange.plan(ids_of(0), torch.full((6, 3), float("nan")))
+        with pytest.raises(ConfigError, match="weights_TK of combine must be those of the plan"):
+            exchange.combine(rows_RD, ones, exchange.dispatch(torch.ones(6, 5), known))
+        exchange.combine(rows_RD, torch.full((6, 3), float("nan")), exchange.dispatch(torch.ones(6, 5), known))
         arriving = exchange.dispatch_async(torch.ones(6, 5), plan)
         near = arriving.portions(2)[0].wait()
         returning = Returning(exchange, plan, ones, None)

@@ -244,6 +244,8 @@ def wrong_calls(group: EPGroup) -> None:
         with pytest.raises(ConfigError, match=r"weights_TK must have shape \(2, 4\), found \(1, 4\)"):
             dispatcher.combine(results(inbound, transport.rank), weights_TK[:1], inbound)
         dispatcher.combine(results(inbound, transport.rank), weights_TK, inbound)
+        with pytest.raises(ConfigError, match=r"combine of latency exchange 1 .*: its rows were combined before"):
+            dispatcher.combine(results(inbound, transport.rank), weights_TK, inbound)
     flat = Dispatcher(LocalTransport(), 3, 33, torch.float32)
     other = flat.dispatch(x_TD, flat.plan(torch.zeros(2, 1, dtype=torch.int64)))
     with pytest.raises(ConfigError, match="found rows of another form"):

@@ -81,7 +81,8 @@ def test_rows_of_a_gpu_pass_through_the_host(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What three ranks saw of every failure after which all of them still run."""
-    names = ["disagree", "other_phase", "other_counts", "other_parts", "other_nodes", "leaves", "aborts", "late"]
+    names = ["disagree", "other_phase", "other_counts", "other_transport", "other_parts", "other_nodes", "leaves",
+             "aborts", "aborts_torch", "late"]  # fmt: skip
     done, seen = run(3, names, tmp_path_factory.mktemp("failures"), SURVIVORS)
     assert (done.code, done.err) == (0, "")
     return seen
@@ -104,6 +105,7 @@ def test_ranks_with_other_rows_are_named_before_any_moves(failures: Any) -> None
     [
         ("other_phase", "(rank 1 is elsewhere: plan|rank [02] is elsewhere: dispatch)"),
         ("other_counts", "rank 0 sends 2 of 12 bytes, expected 1 of 12"),
+        ("other_transport", "rank [01] is elsewhere: dispatch by another transport"),
         ("other_parts", r"rank [01] has other parts, expected \[\[0.* as here"),
     ],
 )
@@ -126,9 +128,10 @@ def test_a_rank_that_leaves_is_named_at_once(failures: Any) -> None:
     assert failures[1]["leaves"]["message"] == "rank 1: the group of this transport is closed"
 
 
-def test_a_rank_can_end_the_waits_of_all(failures: Any) -> None:
+@pytest.mark.parametrize("part", ["aborts", "aborts_torch"])
+def test_a_rank_can_end_the_waits_of_all(part: str, failures: Any) -> None:
     for rank, seen in enumerate(failures):
-        found = seen["aborts"]
+        found = seen[part]
         assert named(found, "RankFailure", f"rank {rank}: dispatch: rank 1 gave up: its disk is full"), found
 
 

@@ -1,13 +1,16 @@
 """Gradients of experts that several ranks hold: summed over their replicas, and the same bits on all of them."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
-from crossdock import ExpertPlacement, LocalWorld, MoELayer
-from crossdock.comm import LocalTransport, Transport
-from crossdock.errors import ConfigError
+from crossdock import EPGroup, ExpertPlacement, LocalWorld, MoELayer
+from crossdock.comm import LocalTransport, Transport, make_transport
+from crossdock.errors import ConfigError, PlanMismatch
 from crossdock.moe import sum_replicated_gradients
+from tests.launch import Ranks
 from tests.moe.test_layer import DEEPSEEK, TOKENS, build, dense_gradients, split, tokens
 
 REPLICAS = {
@@ -58,3 +61,19 @@ def test_gradients_over_other_ranks_than_the_layers_are_refused() -> None:
     model = torch.nn.ModuleDict({"moe": MoELayer(DEEPSEEK, LocalTransport())})
     with pytest.raises(ConfigError, match="layer 'moe' stand on 1 ranks, but gradients are to be summed over 2"):
         LocalWorld(2).run(lambda t: sum_replicated_gradients(model, t))
+
+
+@pytest.mark.parametrize(("frozen", "what"), [("router.weight", "replicated"), ("experts.down", "experts'")])
+def test_ranks_that_train_other_parameters_are_told_apart(frozen: str, what: str, ranks_of_two: Ranks) -> None:
+    """Before gloo gets more bytes than it expects, which ends the process."""
+    for rank, text in enumerate(ranks_of_two.run(with_frozen, frozen)):
+        found = rf"rank {rank}: sums of gradients: rank {1 - rank} has gradients for \d+ {what} values, expected \d+ as"
+        assert re.match(found, text), text
+
+
+def with_frozen(group: EPGroup, name: str) -> str:
+    layer = build(DEEPSEEK, make_transport(group), REPLICAS["all on two ranks"])
+    layer.get_parameter(name).requires_grad_(group.rank == 0)
+    with pytest.raises(PlanMismatch) as caught:
+        sum_replicated_gradients(layer, layer.dispatcher.transport)
+    return str(caught.value)

@@ -1,5 +1,6 @@
 """The MoE layer against its float64 reference, over world sizes, and its gradients over 1 and 2 ranks."""
 
+import zlib
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from crossdock import EPGroup, ExpertPlacement, LocalWorld, MoEConfig, MoELayer, make_transport
 from crossdock.comm import LocalTransport, Transport
-from crossdock.errors import CapacityOverflow, ConfigError
+from crossdock.errors import CapacityOverflow, ConfigError, PlanMismatch
 from crossdock.gemm import QuantSpec, dequantize_blocks, dequantize_rows, quantize_blocks, quantize_rows
 from crossdock.moe import ExchangeConfig, Fp8Experts, moe_ref, sum_replicated_gradients
 from crossdock.moe.reference import select_ref
+from crossdock.parallel import Topology
 from tests.launch import Ranks
 
 DEEPSEEK = MoEConfig(hidden_size=36, expert_size=20, num_experts=8, top_k=3, score="sigmoid", num_groups=4,
@@ -262,3 +264,23 @@ def test_layer_refuses_a_placement_of_another_world() -> None:
         MoELayer(DEEPSEEK, LocalTransport(), ExpertPlacement.contiguous(8, 2))
     with pytest.raises(ConfigError, match="8 experts do not divide over 3 ranks"):
         LocalWorld(3).run(lambda t: MoELayer(DEEPSEEK, t))
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": 2}, {"hierarchy": "node"}])
+def test_ranks_with_other_placements_are_told_apart(options: dict[str, Any]) -> None:
+    """Equally many slots in another order, as where each rank balances by its own load."""
+    other = (*range(2, 8), 0, 1)
+
+    def run(transport: Transport) -> str:
+        placed = other if transport.rank == 1 else tuple(range(8))
+        layer = MoELayer(
+            DEEPSEEK, transport, ExpertPlacement(8, 2, placed), exchange=ExchangeConfig(**options), dtype=torch.float32
+        )
+        with pytest.raises(PlanMismatch) as caught:
+            layer(torch.ones(2, 36))
+        return str(caught.value)
+
+    sums = [zlib.crc32(repr(placed).encode()) for placed in (tuple(range(8)), other)]
+    for rank, text in enumerate(LocalWorld(2, topology=Topology((0, 1))).run(run)):
+        expected = f"checksum of placement is {sums[1 - rank]} on rank {1 - rank}, expected {sums[rank]} as here"
+        assert expected in text, text

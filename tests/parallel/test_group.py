@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from crossdock.cli import mpi_side
+from crossdock.cli.launch import run_ranks
 from crossdock.cli.runtime import join_ranks
 from crossdock.comm import make_transport
 from crossdock.errors import CommTimeout, ConfigError, CrossdockError, PlanMismatch, RankFailure
@@ -317,6 +318,29 @@ def test_an_exit_in_good_order_is_told_as_one(ranks_of_two: Ranks) -> None:
     assert ranks_of_two.run(leaves, 0) == ["rank 0: plan: rank 1 is gone: left the group", ""]
     assert ranks_of_two.run(leaves, None) == ["rank 0: plan: rank 1 is gone: left the group", ""]
     assert ranks_of_two.run(leaves, 3) == ["rank 0: plan: rank 1 gave up: SystemExit: 3", ""]
+
+
+UNCLOSED = """
+import sys
+from crossdock import init, make_transport
+group = init("cpu", timeout_s=20.0)
+make_transport(group).all_gather([1], "plan")
+wires = group.bond.watch.wires
+if group.rank == 1:
+    sys.exit() if sys.argv[1] == "in good order" else 1 / 0
+with wires.changed:
+    wires.changed.wait_for(lambda: 1 in wires.lost, 10.0)
+print(wires.lost[1].why, wires.lost[1].was_there("torch 1", 1))
+"""
+
+
+@pytest.mark.parametrize(("how", "told"), [("in good order", "left the group True"), ("by an error", "False")])
+def test_a_process_that_ends_without_closing_its_group_says_so(
+    how: str, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Others may still be in what it has done, and go on with it."""
+    run_ranks([sys.executable, "-c", UNCLOSED, how], 2)
+    assert capfd.readouterr().out.strip().endswith(told)
 
 
 @pytest.mark.parametrize(("code", "told"), [(0, []), (None, []), (3, ["SystemExit: 3"])])
