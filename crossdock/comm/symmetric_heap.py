@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import mmap
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,14 +122,17 @@ def _on_device(control: Transport, device: torch.device, nbytes: int, phase: str
         return [mine], None  # a world of one
     nonce = int.from_bytes(os.urandom(7), "big")
     name = f"crossdock {control.all_gather([nonce], phase)[0][0]:x}"  # torch keeps what it was told of a name for good
-    handle = None
-    try:
-        store = control._group.bonded()._store
-        assert store is not None
-        _SymmetricMemory.set_group_info(name, control.rank, control.world_size, PrefixStore(name, store))
-        handle = _SymmetricMemory.rendezvous(mine, name)
-    except RuntimeError as error:
-        failure = str(error).splitlines()[0]
+    store: Any = control._group.bonded()._store
+
+    def meet() -> tuple[Any, str]:
+        torch.cuda.set_device(device)  # the current device is a thread's own
+        try:
+            _SymmetricMemory.set_group_info(name, control.rank, control.world_size, PrefixStore(name, store))
+            return _SymmetricMemory.rendezvous(mine, name), ""
+        except RuntimeError as error:
+            return None, str(error).splitlines()[0]
+
+    handle, failure = control._channel.run(phase, meet)  # the store's waits know of no failure
     _agree(control, failure, phase, "reach the other ranks' GPU memory, which needs one NVLink domain")
     assert handle is not None
     ranks = range(control.world_size)
