@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from crossdock.comm.agreement import PHASE_BYTES, agree_on_parts, odd_one, phase_text, phase_words
+from crossdock.comm.gloo_rows import GlooRows
 from crossdock.comm.transport import Pending, Then, bytes_of, part_topology
 from crossdock.errors import ConfigError
 from crossdock.parallel import EPGroup, Topology
@@ -132,21 +133,30 @@ class TorchTransport:
         arrived_RB = bytes_SB.new_empty(sum(recv_counts), bytes_SB.shape[1])  # without room for it, not in this turn
         turn = self._channel.enter(phase)
         self._so_far = zlib.crc32(phase.encode(), self._so_far)
-        work = self._begin(lambda links: links.rows.alltoall_base(arrived_RB, bytes_SB, recv_counts, send_counts))
-        moving = _Moving(work)
+        moving: _Moving | GlooRows
+        if arrived_RB.is_cuda:
+            moving = _Moving(
+                self._begin(lambda links: links.rows.alltoall_base(arrived_RB, bytes_SB, recv_counts, send_counts))
+            )
+        else:
+            pieces = torch.split(bytes_SB, send_counts), torch.split(arrived_RB, recv_counts)
+            tag = zlib.crc32(f"{self._channel.name} {turn.number}".encode()) >> 1  # transports may share connections
+            moving = self._begin(lambda links: GlooRows(links.rows, self.rank, *pieces, tag))
+        poll = moving.left_to_the_stream if isinstance(moving, _Moving) else moving.poll
 
         def finish() -> Tensor:
-            self._finish(turn, moving, moving.left_to_the_stream if arrived_RB.is_cuda else moving.poll)
+            self._finish(turn, moving, poll)
             assert bytes_SB is not None  # kept alive until everything has left
             return arrived_RB.view(rows_SD.dtype)
 
         return Then(finish, moving.on_arrival)
 
-    def _finish(self, turn: Turn, moving: "_Moving", poll: Callable[[float], bool]) -> None:
+    def _finish(self, turn: Turn, moving: "_Moving | GlooRows", poll: Callable[[float], bool]) -> None:
         try:
             self._channel.wait(turn, poll)
         except BaseException:
-            moving.work = None  # which holds connections open, and an error may be kept for long
+            if isinstance(moving, _Moving):
+                moving.work = None  # which holds connections open, and an error may be kept for long
             raise
 
     def _begin(self, begin: Callable[[Links], Any]) -> Any:
