@@ -12,8 +12,10 @@ none for a while. `tag` is the exchange's own, whichever thread comes first. Rej
 which one that is there would wait for one that may depend on it.
 """
 
+import atexit
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -22,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 IDLE_S = 0.5  # that a thread stays without work
+LEAVING_S = 1.0  # that a process waits for rows at its end
 
 Work = Callable[[], None]
 
@@ -34,7 +37,7 @@ class GlooRows:
         self._done = threading.Event()
         self._calls: list[Callable[[], None]] = []
         self._lock = threading.Lock()
-        _in_thread(partial(self._move, gloo, rank, sent, arrived, tag))
+        _in_thread(partial(self._move, [gloo], rank, sent, arrived, tag))
         arrived[rank].copy_(sent[rank])
 
     def poll(self, seconds: float) -> bool:
@@ -54,17 +57,18 @@ class GlooRows:
         if self.error is None:
             call()
 
-    def _move(self, gloo: Any, rank: int, sent: Sequence[Tensor], arrived: Sequence[Tensor], tag: int) -> None:
+    def _move(self, backend: list[Any], rank: int, sent: Sequence[Tensor], arrived: Sequence[Tensor], tag: int) -> None:
         works: list[Any] = []
         peers = [(rank + step) % len(sent) for step in range(1, len(sent))]  # no rank is everybody's first
         try:
+            gloo = backend.pop()
             works += [gloo.recv([arrived[peer]], peer, tag) for peer in peers if len(arrived[peer])]
             works += [gloo.send([sent[peer]], peer, tag) for peer in peers if len(sent[peer])]
-            del gloo  # who holds the last reference waits for what is pending
+            del gloo  # no reference is kept: connections close with the last
             for work in works:
                 work.wait()
         except Exception as error:
-            self.error = error
+            self.error = error.with_traceback(None)  # whose frames hold connections open
         works.clear()  # they hold connections open
         with self._lock:
             self._done.set()
@@ -75,13 +79,15 @@ class GlooRows:
 
 
 _idle: list["SimpleQueue[Work]"] = []  # of threads without work
-_idle_lock = threading.Lock()
-os.register_at_fork(after_in_child=_idle.clear)
+_lock = threading.Lock()
+_busy = 0  # threads
 
 
 def _in_thread(work: Work) -> None:
     """Runs work() in a thread that does not keep the process from ending."""
-    with _idle_lock:
+    global _busy
+    with _lock:
+        _busy += 1
         queue = _idle.pop() if _idle else None
     if queue is None:
         queue = SimpleQueue()
@@ -90,14 +96,34 @@ def _in_thread(work: Work) -> None:
 
 
 def _serve(queue: "SimpleQueue[Work]") -> None:
+    global _busy
     while True:
         try:
             queue.get(timeout=IDLE_S)()
         except Empty:
-            with _idle_lock:
+            with _lock:
                 if queue in _idle:
                     _idle.remove(queue)
                     return
             continue  # it has just been given work
-        with _idle_lock:
+        with _lock:
+            _busy -= 1
             _idle.append(queue)
+
+
+@atexit.register
+def _finish() -> None:
+    """What is leaving may leave: for a moment, as it may be for a rank that is gone."""
+    end = time.monotonic() + LEAVING_S
+    while _busy and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def _forget() -> None:
+    """In a forked child, which has none of these threads."""
+    global _busy, _lock
+    _busy, _lock = 0, threading.Lock()
+    _idle.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -160,7 +160,7 @@ def plan_over_nodes(
     plans = []
     for number, part in enumerate(parts):
         places, home = part.choices.places, _home(outer[number].outgoing, part.choices)
-        weights = None if part.weights_TK is None else part.weights_TK.detach()
+        weights = None if part.weights_TK is None else part.weights_TK.detach().clone()  # as they were
         far_weights = None if weights is None else arrived[number][:, top_k:].contiguous().view(torch.float32)
         near_plan, far_plan = inside[number], inside[len(parts) + number]
         direct = part.counts.direct(places)

@@ -9,6 +9,8 @@ rank's tokens only: left alone they would drift apart. Sums are taken in the ord
 which gives it to the others.
 """
 
+import zlib
+
 import torch
 from torch import Tensor, nn
 
@@ -34,8 +36,9 @@ def sum_replicated_gradients(model: nn.Module, transport: Transport) -> None:
             raise ConfigError(f"the experts of layer {name!r} stand on {layer.placement.world_size} ranks, "
                               f"but gradients are to be summed over {transport.world_size}")  # fmt: skip
     sharded = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
-    replicated = [p for p in model.parameters() if p.requires_grad and id(p) not in sharded]
-    _check_alike(transport, replicated, [p for _, layer in layers for p in _trained(layer)])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    replicated = [p for p in trained.values() if id(p) not in sharded]
+    _check_alike(transport, trained)
     for name, layer in layers:
         _sum_replicas(layer, transport, f"sum of replicas' gradients in layer {name}")
     if transport.world_size == 1 or not replicated:
@@ -46,15 +49,14 @@ def sum_replicated_gradients(model: nn.Module, transport: Transport) -> None:
         parameter.grad = part.view(parameter.shape).to(parameter.dtype)
 
 
-def _check_alike(transport: Transport, replicated: list[nn.Parameter], of_experts: list[nn.Parameter]) -> None:
-    """Raises PlanMismatch where ranks hold other numbers of values that have gradients, of either kind."""
-    mine = [sum(p.numel() for p in some) for some in (replicated, of_experts)]
+def _check_alike(transport: Transport, trained: dict[str, nn.Parameter]) -> None:
+    """Raises PlanMismatch where ranks have other parameters to sum up."""
+    mine = [len(trained), zlib.crc32(repr([(name, tuple(p.shape)) for name, p in trained.items()]).encode())]
     for rank, theirs in enumerate(transport.all_gather(mine, "start of sums of gradients")):
-        for what, found, expected in zip(("replicated", "experts'"), theirs, mine, strict=True):
-            if found != expected:
-                me, other = transport.members[transport.rank], transport.members[rank]
-                text = f"rank {other} has gradients for {found} {what} values, expected {expected} as here"
-                raise PlanMismatch(f"rank {me}: sums of gradients: {text}")
+        if theirs != mine:
+            me, other = transport.members[transport.rank], transport.members[rank]
+            counts = f"{theirs[0]} parameters, expected the same {mine[0]} as here"
+            raise PlanMismatch(f"rank {me}: sums of gradients: rank {other} trains {counts}, of the same shapes")
 
 
 def _trained(layer: MoELayer) -> list[nn.Parameter]:

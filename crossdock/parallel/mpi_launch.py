@@ -36,7 +36,7 @@ from crossdock.parallel.bounded import bounded
 from crossdock.parallel.joining import adopt
 from crossdock.parallel.meeting import Arrival, Listener, disagreement, topology_of
 from crossdock.parallel.topology import Topology
-from crossdock.parallel.watch import Watch
+from crossdock.parallel.watch import Watch, say_goodbye
 from crossdock.parallel.wires import Wires
 
 if TYPE_CHECKING:
@@ -281,6 +281,7 @@ def _leave_mpi(mpi: Any) -> None:
         time.sleep(GRACE_S)
     if getattr(sys, "last_value", None) is not None and not alone:
         mpi.COMM_WORLD.Abort(1)
+    say_goodbye()  # to those who would wait for this rank, before it waits for them
     if not failed and (alone or _all_at_their_end(mpi)):
         mpi.Finalize()
 

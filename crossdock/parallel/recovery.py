@@ -78,9 +78,12 @@ def _take_watch(group: EPGroup) -> Watch:
     kept = [bond.watch for bond in (group.communicator, group.bond) if bond is not None]
     if not kept:
         raise ConfigError(f"rank {group.rank}: a group of one rank, or one that is closed, has nothing to go on with")
-    watch: Watch = next((one for one in kept if one.failure is not None), kept[0])
-    if watch.failure is None:
+    watch: Watch = kept[0]  # the same on all ranks, whichever of two has heard of the failure so far
+    failure = next((one.failure for one in kept if one.failure is not None), None)
+    if failure is None:
         watch.abort("it called recover")
+    else:
+        watch.fail(failure)
     release(group.let_go())
     for other in kept:
         if other is not watch:

@@ -129,7 +129,7 @@ class Watch:
 
 
 @atexit.register
-def _say_goodbye() -> None:
+def say_goodbye() -> None:
     """Of a process that ends in good order without having closed its groups: others may still be in what it has done.
 
     The newest watch over the same wires first: it knows where the rank stands.

@@ -52,6 +52,9 @@ def test_every_receive_stands_before_every_send() -> None:
     )
     assert arrived[1].unique().tolist() == [1], "this rank's own"
     moving.on_arrival(lambda: seen.append("late"))
+    deadline = time.monotonic() + 10.0
+    while len(seen) < 2 and time.monotonic() < deadline:  # calls are made once the wait is over
+        time.sleep(0.01)
     assert sorted(seen) == ["early", "late"]
 
 
