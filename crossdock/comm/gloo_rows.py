@@ -6,10 +6,10 @@ that the peer's come only when they have gone. Whoever comes second halves the l
 of two ranks, 16 MB from each to its peer, for which a link of 97 MB/s needs 330 ms, took 334 to 636 ms by gloo's
 all-to-all, most above 400, and 332 to 336 with receives first.
 
-What gloo can be asked to wait for cannot be given up and left whole, so a thread waits for each exchange; it starts it,
-too, as a send copies what the system takes at once. Threads are kept for the next exchange, and end when there has been
-none for a while. `tag` is the exchange's own, whichever thread comes first. Rejected: one thread for all exchanges, in
-which one that is there would wait for one that may depend on it.
+What gloo can be asked to wait for cannot be given up and left whole, so a thread waits for each exchange; it starts a
+large one, too, as a send copies what the system takes at once. Threads are kept for the next exchange, and end when
+there has been none for a while. `tag` is the exchange's own, whichever thread comes first. Rejected: one thread for all
+exchanges, in which one that is there would wait for one that may depend on it.
 """
 
 import atexit
@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+SMALL_BYTES = 1 << 18  # that the caller sends itself
 IDLE_S = 0.5  # that a thread stays without work
 LEAVING_S = 1.0  # that a process waits for rows at its end
 
@@ -37,8 +38,19 @@ class GlooRows:
         self._done = threading.Event()
         self._calls: list[Callable[[], None]] = []
         self._lock = threading.Lock()
-        _in_thread(partial(self._move, [gloo], rank, sent, arrived, tag))
+        works: list[Any] = []
+        begin = partial(_begin, works, [gloo], rank, sent, arrived, tag)
+        has_begun = sum(piece.numel() for piece in sent) <= SMALL_BYTES
+        if has_begun:
+            self._try(begin)
+        _in_thread(partial(self._move, begin, works, has_begun))
         arrived[rank].copy_(sent[rank])
+
+    def _try(self, work: Work) -> None:
+        try:
+            work()
+        except Exception as error:
+            self.error = error.with_traceback(None)  # whose frames hold connections open
 
     def poll(self, seconds: float) -> bool:
         """Waits no longer than that, and says whether all has moved; raises what broke it."""
@@ -57,18 +69,12 @@ class GlooRows:
         if self.error is None:
             call()
 
-    def _move(self, backend: list[Any], rank: int, sent: Sequence[Tensor], arrived: Sequence[Tensor], tag: int) -> None:
-        works: list[Any] = []
-        peers = [(rank + step) % len(sent) for step in range(1, len(sent))]  # no rank is everybody's first
-        try:
-            gloo = backend.pop()
-            works += [gloo.recv([arrived[peer]], peer, tag) for peer in peers if len(arrived[peer])]
-            works += [gloo.send([sent[peer]], peer, tag) for peer in peers if len(sent[peer])]
-            del gloo  # no reference is kept: connections close with the last
-            for work in works:
-                work.wait()
-        except Exception as error:
-            self.error = error.with_traceback(None)  # whose frames hold connections open
+    def _move(self, begin: Work, works: list[Any], has_begun: bool) -> None:
+        """`begin` holds the memory that gloo reads and writes until the works are done."""
+        if not has_begun:
+            self._try(begin)
+        if self.error is None:
+            self._try(partial(_wait, works))
         works.clear()  # they hold connections open
         with self._lock:
             self._done.set()
@@ -76,6 +82,21 @@ class GlooRows:
             for call in self._calls:
                 call()
         self._calls.clear()
+
+
+def _begin(
+    works: list[Any], backend: list[Any], rank: int, sent: Sequence[Tensor], arrived: Sequence[Tensor], tag: int
+) -> None:
+    """`backend` is emptied: connections close with the last reference."""
+    gloo = backend.pop()
+    peers = [(rank + step) % len(sent) for step in range(1, len(sent))]  # no rank is everybody's first
+    works += [gloo.recv([arrived[peer]], peer, tag) for peer in peers if len(arrived[peer])]
+    works += [gloo.send([sent[peer]], peer, tag) for peer in peers if len(sent[peer])]
+
+
+def _wait(works: list[Any]) -> None:
+    for work in works:
+        work.wait()
 
 
 _idle: list["SimpleQueue[Work]"] = []  # of threads without work
@@ -99,15 +120,20 @@ def _serve(queue: "SimpleQueue[Work]") -> None:
     global _busy
     while True:
         try:
-            queue.get(timeout=IDLE_S)()
+            work = queue.get(timeout=IDLE_S)
         except Empty:
             with _lock:
                 if queue in _idle:
                     _idle.remove(queue)
                     return
             continue  # it has just been given work
+        try:
+            work()
+        finally:
+            del work  # with the rows that it holds
+            with _lock:
+                _busy -= 1
         with _lock:
-            _busy -= 1
             _idle.append(queue)
 
 
