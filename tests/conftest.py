@@ -1,6 +1,14 @@
-"""Without a GPU, kernels run in Triton's interpreter, which must be chosen before crossdock defines them."""
+"""Without a GPU, kernels run in Triton's interpreter, which must be chosen before crossdock defines them.
+
+The interpreter multiplies tiles by numpy's BLAS. OpenBLAS's kernels for CPUs with AVX2 and no more give a row of a tile
+other bits in another place of it; those chosen here, for CPUs before these, do not.
+"""
 
 import os
+import platform
+
+if platform.machine() in ("x86_64", "AMD64"):
+    os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"  # read once, by the first import of numpy, which is torch's
 
 import torch
 

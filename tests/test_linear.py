@@ -1,11 +1,16 @@
-"""Rows of a float32 product on a CPU keep their bits in any company, at any thread count; so do those of a group."""
+"""Rows of a float32 product on a CPU keep their bits in any company, at any thread count; so do those of a group.
+
+Half precision on a CPU that has none goes by float32.
+"""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+import crossdock.linear as linear_module
 from crossdock.gemm import grouped_gemm
 from crossdock.linear import linear
 
@@ -57,3 +62,53 @@ def test_it_is_differentiable() -> None:
     F.linear(x_MK, w_NK, bias_N).square().sum().backward()
     for tensor, grad in zip((x_MK, w_NK, bias_N), expected, strict=True):
         torch.testing.assert_close(tensor.grad, grad)
+
+
+HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a step of their last bit, relative
+
+
+@pytest.fixture
+def no_halves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A CPU without half precision; gives the rows of each product that went by float32."""
+    taken: list[int] = []
+    by_float32 = linear_module._by_float32
+
+    def counted(x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+        taken.append(len(x_MK))
+        return by_float32(x_MK, w_NK, bias_N)
+
+    monkeypatch.setattr(linear_module, "_by_float32", counted)
+    monkeypatch.setattr(linear_module, "_lacks", HALVES.__contains__)
+    return taken
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_half_precision_by_float32(
+    dtype: torch.dtype, bias: bool, no_halves: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight of 130 rows in three parts; a row's bits are its own, whatever stands beside it."""
+    monkeypatch.setattr(linear_module, "CONVERTED", 64 * 70)
+    x_MK, w_NK, bias_N = torch.randn(37, 70).to(dtype), torch.randn(130, 70).to(dtype), torch.randn(130).to(dtype)
+    whole_MN = linear(x_MK, w_NK, bias_N if bias else None)
+    exact_MN = x_MK.double() @ w_NK.double().t() + (bias_N.double() if bias else 0.0)
+    assert whole_MN.dtype == dtype
+    torch.testing.assert_close(whole_MN.double(), exact_MN, rtol=1.01 * HALVES[dtype], atol=1e-5)
+    for rows in range(1, 18):
+        assert torch.equal(linear(x_MK[:rows], w_NK, bias_N if bias else None), whole_MN[:rows]), rows
+    assert no_halves == [37, *range(1, 18)]
+    assert linear(x_MK[:0], w_NK).shape == (0, 130) and not linear(x_MK[:, :0], w_NK[:, :0]).any()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_by_float32_is_differentiable(dtype: torch.dtype, no_halves: list[int]) -> None:
+    x_MK, w_NK, bias_N = (torch.randn(s).to(dtype).requires_grad_() for s in ((9, 70), (130, 70), (130,)))
+    leaves = x_MK, w_NK, bias_N
+    dout_MN = torch.randn(9, 130).to(dtype)
+    found = torch.autograd.grad(linear(*leaves), leaves, dout_MN)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = torch.autograd.grad(F.linear(*wide), wide, dout_MN.double())
+    assert set(no_halves) == {9}
+    for grad, exact in zip(found, expected, strict=True):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad.double(), exact, rtol=1.01 * HALVES[dtype], atol=1e-5)

@@ -6,7 +6,6 @@ and multiplied one operation at a time, all ranks at once as in a layer. No exch
 Legend: T tokens, D hidden, K experts per token, S rows.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from crossdock.cli.bench.timing import compare_ranks
+from crossdock.cli.launch import cores as usable_cores
 from crossdock.comm import Inbound, Transport
 from crossdock.comm.combine_kernel import weighted_sum_ref
 from crossdock.comm.plan import plan_once, plan_outgoing
@@ -66,7 +66,7 @@ def calibrate(transport: Transport, one_machine: bool, size: Size = USUAL) -> Cl
         raise ConfigError(f"--calibrate divides {EXPERTS} experts over the ranks: at most {EXPERTS}, found {world}")
     per_node = world // nodes
     sharing = world if one_machine else per_node
-    cores = min(len(os.sched_getaffinity(0)), sharing)
+    cores = min(usable_cores(), sharing)
     bench = _Bench(size, transport, transport.split([topology.ranks_of_node(node) for node in range(nodes)]))
     with torch.inference_mode():
         took = bench.seconds(bench.work() | bench.transfers(), size.rounds)

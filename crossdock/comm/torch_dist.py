@@ -134,15 +134,16 @@ class TorchTransport:
         turn = self._channel.enter(phase)
         self._so_far = zlib.crc32(phase.encode(), self._so_far)
         moving: _Moving | GlooRows
-        if arrived_RB.is_cuda:
-            moving = _Moving(
+        if arrived_RB.is_cuda or self.topology.num_nodes == 1:
+            collective = moving = _Moving(
                 self._begin(lambda links: links.rows.alltoall_base(arrived_RB, bytes_SB, recv_counts, send_counts))
             )
+            poll = collective.left_to_the_stream if arrived_RB.is_cuda else collective.poll
         else:
             pieces = torch.split(bytes_SB, send_counts), torch.split(arrived_RB, recv_counts)
             tag = zlib.crc32(f"{self._channel.name} {turn.number}".encode()) >> 1  # transports may share connections
             moving = self._begin(lambda links: GlooRows(links.rows, self.rank, *pieces, tag))
-        poll = moving.left_to_the_stream if isinstance(moving, _Moving) else moving.poll
+            poll = moving.poll
 
         def finish() -> Tensor:
             self._finish(turn, moving, poll)

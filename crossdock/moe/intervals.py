@@ -97,3 +97,19 @@ def hidden_fraction(ranks: Iterable[tuple[float, float]]) -> float | None:
     pairs = list(ranks)
     flown, seen = (sum(pair[part] for pair in pairs) for part in (0, 1))
     return 1.0 - seen / flown if flown else None
+
+
+def hidden_by_core(cores_per_rank: float, took: float, worked: float, flown: float) -> float | None:
+    """Of the time in which rows are in flight, the part for which no core idles; None where none flew.
+
+    Where ranks share cores, one that waits leaves its core to another, and nothing is lost by it. `took`, `worked` and
+    `flown` are sums over the ranks, in one unit: how long each was at it, the work of its process, and how long its
+    rows flew. What the kernel does for nobody counts as idle, and so do waits for a rank that has more to do.
+
+    Two ranks on a core, each at it for 10, at work for 4.5 and its rows in flight for 8:
+
+    >>> hidden_by_core(0.5, 20, 9, 16)
+    0.875
+    """
+    idle = max(cores_per_rank * took - worked, 0.0)
+    return max(1.0 - idle / (cores_per_rank * flown), 0.0) if flown else None

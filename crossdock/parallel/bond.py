@@ -1,9 +1,9 @@
 """`Bond`: what holds the ranks of a group together over torch.distributed, and can be let go of at any moment.
 
 A pending gloo operation cannot be ended from this side: it waits until a connection of its closes or its own timeout
-passes, and a process cannot end before (but for rows, which have threads of their own wait for them). So when a group
-fails, every rank lets go of its process groups at once. A rank with no operation pending closes its connections by
-that, which ends the others' operations, and theirs close in turn. Nothing of use is lost: gloo itself closes the
+passes, and a process cannot end before (but for rows between nodes, for which threads of their own wait). So when a
+group fails, every rank lets go of its process groups at once. A rank with no operation pending closes its connections
+by that, which ends the others' operations, and theirs close in turn. Nothing of use is lost: gloo itself closes the
 connections of an operation that has failed.
 """
 

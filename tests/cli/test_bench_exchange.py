@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from crossdock.cli.bench import expert_size
 from crossdock.cli.bench.cluster import Link, Shape, emulated_cluster, run_on_cluster
 from crossdock.cli.bench.counted import Counted, crossings
 from crossdock.cli.bench.exchange import ROUTINGS, _fitting, _row
 from crossdock.cli.bench.exchange_case import Case, Contenders, Ours, choose
+from crossdock.cli.bench.links import Links
 from crossdock.cli.bench.plain_exchange import plain_combine, plain_dispatch
 from crossdock.cli.runtime import Runtime
 from crossdock.comm import LocalWorld, Transport, make_transport
@@ -118,7 +120,8 @@ def test_a_case_on_one_node(ranks_of_two: Ranks) -> None:
         assert row["rows_speedup"] == pytest.approx(times["plain rows"] / times["rows"])
         assert row["internode_bytes"] == row["internode_bytes_minimum"] == 0
         assert 0 < row["busy_cores"] < 3 and 0 < row["busy_cores_fp8"] < 3, "two ranks, and what moves their rows"
-        assert 0 <= row["hidden_fraction"] <= 1 and 0 <= row["hidden_fraction_in_8_chunks_fp8"] <= 1
+        for name in ("hidden_fraction", "hidden_fraction_in_8_chunks_fp8", "hidden_fraction_of_cores"):
+            assert 0 <= row[name] <= 1, name
 
 
 def test_wrong_results_are_not_timed(ranks_of_two: Ranks) -> None:
@@ -130,6 +133,20 @@ def test_wrong_results_are_not_timed(ranks_of_two: Ranks) -> None:
 def test_a_layer_with_a_wrong_expert_is_not_timed(ranks_of_two: Ranks, wire: str) -> None:
     with pytest.raises(RankError, match=rf"rank 1: {wire} layer: token 2 differs from the plain layer's by 0\.[2-7]"):
         ranks_of_two.run(measured, wire, spoil_layer)
+
+
+def sized(group: EPGroup, links: Links | None) -> tuple[int, str]:
+    return expert_size.measured_size(make_transport(group), links)
+
+
+def test_experts_are_as_large_as_products_and_links_make_them(ranks_of_two: Ranks) -> None:
+    """Of links so slow or so fast that no core's products are near the border."""
+    slow, fast = ({"between": {"gbytes_per_s": rate, "us": 1.0}} for rate in (1e-6, 1e6))
+    assert {size for size, _ in ranks_of_two.run(sized, slow)} == {2048}
+    ((size, why), (other, _)) = ranks_of_two.run(sized, fast | {"inside": {"gbytes_per_s": 1e-6, "us": 1.0}})
+    assert size == other == 128 and why.endswith("e9 operations/s a rank behind 500000000 MB/s"), "two share a link"
+    assert {size for size, _ in ranks_of_two.run(sized, {"inside": slow["between"]})} == {2048}
+    assert ranks_of_two.run(sized, None) == [(2048, "as DeepSeek-V3's")] * 2
 
 
 def chunks_of(group: EPGroup) -> tuple[dict[str, int], list[int]]:
@@ -188,8 +205,9 @@ def test_an_emulated_cluster_from_end_to_end(capfd: pytest.CaptureFixture[str]) 
         pytest.skip(str(error))
     code = run_on_cluster([sys.executable, "-m", "crossdock", *words, "--expert-size", "32"], Shape(2, 2), Link())
     out, err = capfd.readouterr()
-    result = json.loads(out)
-    assert code == 0 and result["world"] == "2x2" and len(err.splitlines()) == len(result["cases"]) == 2
+    result, (experts, *told) = json.loads(out), err.splitlines()
+    assert code == 0 and result["world"] == "2x2" and len(told) == len(result["cases"]) == 2
+    assert experts == "experts of 32: asked for"
     rates = Processor(4, 2, *[1e9] * 10, 0.0)
     predicted = check(result, Cluster("any", 2, Wire(1e9, 1e-4), Wire(1e8, 1e-3, shared=True), rates))
     assert len(predicted) == 2 * 6 and {one.same_rows for one in predicted} == {True}

@@ -9,7 +9,7 @@ import torch
 
 from crossdock.comm import make_transport
 from crossdock.comm.gloo_rows import IDLE_S, GlooRows
-from crossdock.parallel import EPGroup
+from crossdock.parallel import EPGroup, Topology
 from tests.launch import Ranks
 
 
@@ -86,9 +86,11 @@ def test_threads_are_kept_for_the_next_exchange_and_then_end() -> None:
     assert not names()
 
 
-def many(group: EPGroup) -> bool:
+def many(group: EPGroup, nodes: tuple[int, int]) -> bool:
     """Eight exchanges of other sizes at once and all by one name, on two transports over the same connections."""
     transports, right = [make_transport(group, "torch") for _ in range(2)], True
+    for transport in transports:
+        transport.topology = Topology(nodes)  # type: ignore[misc]  # a property of the protocol
     for turn in range(30):
         under_way = []
         for size in (1, 5000, 3, 0, 70000, 1, 2, 400):
@@ -102,5 +104,7 @@ def many(group: EPGroup) -> bool:
     return right
 
 
-def test_exchanges_under_way_at_once_are_not_mixed_up(ranks_of_two: Ranks) -> None:
-    assert ranks_of_two.run(many) == [True, True]
+@pytest.mark.parametrize("nodes", [(0, 0), (0, 1)])
+def test_exchanges_under_way_at_once_are_not_mixed_up(ranks_of_two: Ranks, nodes: tuple[int, int]) -> None:
+    """Inside a node by gloo's all-to-all, between nodes by `GlooRows`."""
+    assert ranks_of_two.run(many, nodes) == [True, True]

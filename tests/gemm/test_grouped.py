@@ -1,17 +1,23 @@
 """The grouped product in every dtype and on both backends against float64; who it may depend on; its gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import crossdock.gemm.grouped_torch as grouped_torch
+import crossdock.linear as linear_module
 from crossdock.errors import ConfigError
 from crossdock.gemm import grouped, grouped_gemm
 from crossdock.gemm.grouped_kernel import grouped_gemm_ref
+from crossdock.linear import linear
 from tests.gemm.cases import ROUNDING, assert_close_to_float64
 from tests.gemm.cases import float_case as case
 
 BACKENDS = ["torch", "triton"]
+WITHOUT_HALVES = "torch on a CPU without half precision"
 CASES = [  # rows of each group, N, K
     ([1], 1, 1),
     ([0, 0, 5], 64, 128),
@@ -23,7 +29,15 @@ CASES = [  # rows of each group, N, K
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On a CPU that has half precision, but for one."""
+    lacks = {torch.bfloat16, torch.float16} if request.param == WITHOUT_HALVES else set[torch.dtype]()
+    monkeypatch.setattr(linear_module, "_lacks", lacks.__contains__)
+    return "torch" if request.param == WITHOUT_HALVES else str(request.param)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, WITHOUT_HALVES], indirect=True)
 @pytest.mark.parametrize(("counts", "columns", "inner"), CASES)
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.usefixtures("poison")
@@ -36,6 +50,27 @@ def test_against_float64(
     assert_close_to_float64(out_RN, *args)
     assert_close_to_float64(grouped_gemm_ref(*args), *args)
     assert torch.equal(out_RN, grouped_gemm(*args, backend=backend))
+
+
+def test_a_cpu_without_half_precision_goes_by_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows have the bits that `linear` gives them, in groups of any size."""
+    taken: list[int] = []
+    by_float32 = grouped_torch._by_float32
+
+    def counted(rows_RA: torch.Tensor, *others: Any) -> torch.Tensor:
+        taken.append(len(rows_RA))
+        return by_float32(rows_RA, *others)
+
+    monkeypatch.setattr(grouped_torch, "_by_float32", counted)
+    monkeypatch.setattr(linear_module, "_lacks", {torch.bfloat16}.__contains__)
+    for counts in ([70, 0, 3], [1, 2], [1] * 20, [0, 0]):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            rows_RK, weights_LNK, ends_L = case(counts, 40, 30, dtype, torch.device("cpu"))
+            found_RN = grouped_gemm(rows_RK, weights_LNK, ends_L, backend="torch")
+            if dtype != torch.float16:
+                parts = zip(torch.split(rows_RK, counts), weights_LNK, strict=True)
+                assert torch.equal(found_RN, torch.cat([linear(*part) for part in parts]))
+    assert taken == [73, 3, 20, 0]
 
 
 @given(
@@ -52,7 +87,7 @@ def test_any_sizes(counts: list[int], columns: int, inner: int) -> None:
             assert_close_to_float64(grouped_gemm(*args, backend=backend), *args)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, WITHOUT_HALVES], indirect=True)
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 def test_layouts(backend: str, dtype: torch.dtype, device: torch.device) -> None:
     """Transposed, strided and offset operands give what contiguous ones do."""
@@ -113,7 +148,7 @@ def test_gradients_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda x, w: grouped_gemm(x, w, ends_L), (rows_RK, weights_LNK))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, WITHOUT_HALVES], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("counts", "columns", "inner"), [([3, 0, 70, 1], 33, 40), ([0, 0], 8, 8), ([65], 130, 200)])
 @pytest.mark.usefixtures("poison")
@@ -136,7 +171,7 @@ def test_gradients_against_float64(
             start = end
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_gradient_of_what_is_asked_for(backend: str, device: torch.device) -> None:
     """One operand alone may need a gradient, and a broadcast one may come in."""
     rows_RK, weights_LNK, ends_L = case([2, 3], 8, 16, torch.float32, device)
@@ -177,7 +212,7 @@ def test_bad_arguments() -> None:
         grouped_gemm(rows_RK, weights_LNK.to("meta"), ends_L)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_gradients_with_ends_that_are_not_contiguous(backend: str, device: torch.device) -> None:
     rows_RK, weights_LNK, ends_L = case([2, 3, 2], 5, 8, torch.float32, device)
     strided_L = torch.stack((ends_L, ends_L + 9), dim=1)[:, 0]

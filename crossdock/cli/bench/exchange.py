@@ -30,15 +30,8 @@ ROUTINGS = ("random", "skewed")
 EMULATED = (2048, 4096, 7168), (512, 4096)  # hidden sizes and tokens a rank
 ONE_MACHINE = (2048, 7168), (8, 512)
 BUDGET_S = 30.0  # of a case's rounds, unless five take longer
-# So that products take as long beside the plain form's traffic as on a real cluster: there a rank has 400e12 usable
-# operations a second (H100) behind 45e9 bytes a second, 8900 operations a byte. Here, four ranks on two cores that give
-# 170e9 among everything else that a layer does (200e9 alone), it has 85e9 behind 48e6 (half of a link of 97 MB/s), 1770
-# a byte. A row has 6 * D * F operations and 4 * D bytes there and back, so DeepSeek-V3's F of 2048 becomes
-# 2048 * 1770 / 8900 = 407. Where half of the rows cross, as between two nodes, products should take
-# 6 * 2048 / 400e12 / (4 * 0.5 / 45e9) = 0.69 of the plain form's exchange: `compute_to_plain` says what they took.
-EXPERT_SIZE = 384
 SHOWN = ("case", "ratio", "rows_speedup", "internode_bytes", "internode_bytes_minimum", "hidden_fraction",
-         "saved_fraction", "compute_to_communication", "us")  # fmt: skip
+         "hidden_fraction_of_cores", "saved_fraction", "compute_to_communication", "us")  # fmt: skip
 
 
 def exchange(
@@ -50,7 +43,9 @@ def exchange(
     hidden: Annotated[list[int] | None, typer.Option(min=1, help="Only this hidden size; repeatable.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Only so many tokens a rank; repeatable.")] = None,
     routing: Annotated[list[str] | None, typer.Option(help="Only random or only skewed.")] = None,
-    expert_size: Annotated[int, typer.Option(min=1, help="Inner size of an expert.")] = EXPERT_SIZE,
+    expert_size: Annotated[
+        int | None, typer.Option(min=1, help="Inner size; by default as products and links.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; as time allows by default, 5 to 15.")] = None,
     device: Device = None,
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in seconds.")] = 120.0,
@@ -94,7 +89,11 @@ def _start(command: list[str], ranks: int, emulate: str | None, link: Link, debu
 
 
 def _measure(
-    runtime: "Runtime", chosen: list[tuple[int, int, str]], expert_size: int, rounds: int | None, shares_memory: bool
+    runtime: "Runtime",
+    chosen: list[tuple[int, int, str]],
+    expert_size: int | None,
+    rounds: int | None,
+    shares_memory: bool,
 ) -> dict[str, Any]:
     """The result; a collective of all ranks. `shares_memory`: all of them run on one machine, whatever nodes they see.
 
@@ -103,29 +102,34 @@ def _measure(
     import torch
 
     from crossdock.cli.bench.exchange_case import EXPERTS, TOP_K, Case, Contenders
+    from crossdock.cli.bench.expert_size import measured_size
     from crossdock.cli.bench.links import measure_links
     from crossdock.memory import return_freed_memory
 
     began, group, transport = time.perf_counter(), runtime.group, runtime.transport
     topology = group.topology
     here = group.world_size if shares_memory else len(topology.ranks_of_node(topology.node_of_rank[group.rank]))
-    cases, left_out = _fitting(runtime, [Case(*case) for case in chosen], here, expert_size, _free_bytes())
     with torch.inference_mode():
         links = measure_links(transport) if group.device.type == "cpu" else None
+        expert_size, why = measured_size(transport, links) if expert_size is None else (expert_size, "asked for")
+        _tell(runtime, f"experts of {expert_size}: {why}")
+        return_freed_memory()
+        cases, left_out = _fitting(runtime, [Case(*case) for case in chosen], here, expert_size, _free_bytes())
         rows = []
         for hidden in dict.fromkeys(case.hidden for case in cases):
-            contenders = Contenders(group, transport, hidden, expert_size)
+            contenders = Contenders(group, transport, hidden, expert_size, here)
             for case in cases:
                 if case.hidden == hidden:
                     rows.append(_row(case, contenders.measure(case, BUDGET_S, rounds)))
-                    _told(runtime, rows[-1], f"{len(rows)}/{len(cases)}")
+                    ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in rows[-1]["ratio"].items())
+                    _tell(runtime, f"{len(rows)}/{len(cases)}  {case}: {ratios}")
                     return_freed_memory()  # which the next case needs in other sizes
             del contenders
     nodes = topology.num_nodes
     result = {"world": f"{nodes}x{group.world_size // nodes}", "transport": transport.name, "device": str(group.device)}
     extra: dict[str, Any] = {"links": links} if links else {}
     extra |= {"left_out": left_out} if left_out else {}
-    layer = {"expert_size": expert_size, "num_experts": EXPERTS, "top_k": TOP_K}
+    layer = {"expert_size": expert_size, "expert_size_why": why, "num_experts": EXPERTS, "top_k": TOP_K}
     return result | extra | layer | {"seconds": time.perf_counter() - began, "cases": rows}
 
 
@@ -172,6 +176,7 @@ def _row(case: "Case", found: "Found") -> dict[str, Any]:
         row[f"internode_metadata_bytes{name}"] = found.metadata[wire]
         row[f"hidden_fraction{name}"] = found.hidden[wire]
         row[f"hidden_fraction_in_{CHUNKS}_chunks{name}"] = found.hidden_in_chunks[wire]
+        row[f"hidden_fraction_of_cores{name}"] = found.hidden_of_cores[wire]
         row[f"arrivals_seen_at_the_wait_only{name}"] = found.unseen[wire]
         row[f"busy_cores{name}"] = found.busy[wire]
         # of the exchange's time, what the layer does not take beyond the time of its products
@@ -189,8 +194,7 @@ def _row(case: "Case", found: "Found") -> dict[str, Any]:
     return row | {"ratio": ratios | {f"layer {wire}": row[f"speedup_{wire}"] for wire in ("bf16", "fp8")}}
 
 
-def _told(runtime: "Runtime", row: dict[str, Any], place: str) -> None:
-    """One line on stderr, by rank 0, as a run takes minutes."""
+def _tell(runtime: "Runtime", line: str) -> None:
+    """On stderr, by rank 0, as a run takes minutes."""
     if runtime.group.rank == 0:
-        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratio"].items())
-        print(f"{place}  {row['case']}: {ratios}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)

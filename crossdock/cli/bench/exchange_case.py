@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from crossdock.cli.bench.counted import Counted, crossings
 from crossdock.cli.bench.plain_exchange import Trip, plain_combine, plain_dispatch
 from crossdock.cli.bench.timing import compare_ranks
+from crossdock.cli.launch import cores
 from crossdock.comm import DispatchPlan, Inbound, Transport
 from crossdock.errors import CrossdockError
 from crossdock.moe import ExchangeConfig, MoEConfig, MoELayer
-from crossdock.moe.intervals import flown_and_seen, hidden_fraction
+from crossdock.moe.intervals import flown_and_seen, hidden_by_core, hidden_fraction
 from crossdock.moe.trace import DeviceClock, HostClock, Recorder, Watched
 from crossdock.moe.wire import Fp8Wire
 from crossdock.parallel import EPGroup, ExpertPlacement
@@ -68,9 +69,9 @@ class Case:
 class Found:
     """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire, and
     in CHUNKS; unseen: flights of those calls whose arrival was seen no sooner than at the wait, which makes the parts
-    too large. chunks: how many a layer took in most rounds, by the name of its time, and in how many portions the first
-    of them came (`crossdock.comm.legs`). busy: processor cores at work in a layer, over all ranks and on average: where
-    all there are, products have nothing more to hide.
+    too large; hidden_of_cores: the same by core. chunks: how many a layer took in most rounds, by the name of its time,
+    and in how many portions the first of them came (`crossdock.comm.legs`). busy: processor cores at work in a layer,
+    over all ranks and on average.
 
     crossed, minimum: bytes of rows between nodes in one exchange, there and back, over all ranks, by form; the minimum
     is each (token, node) pair once. metadata: bytes of integers and weights beside them.
@@ -79,6 +80,7 @@ class Found:
     times: dict[str, list[float]]
     hidden: dict[str, float | None]
     hidden_in_chunks: dict[str, float | None]
+    hidden_of_cores: dict[str, float | None]
     unseen: dict[str, int]
     busy: dict[str, float]
     chunks: dict[str, int]
@@ -145,8 +147,12 @@ class Ours:
 class Contenders:
     """All forms at one hidden size, with the same experts."""
 
-    def __init__(self, group: EPGroup, transport: Transport, hidden: int, expert_size: int) -> None:
+    def __init__(
+        self, group: EPGroup, transport: Transport, hidden: int, expert_size: int, ranks_here: int | None = None
+    ) -> None:
+        """ranks_here: on this machine, whatever nodes they see; all by default."""
         device = group.device
+        self.ranks_here = ranks_here or group.world_size
         self.group, self.transport, self.hidden, self.device = group, transport, hidden, device
         self.ours = {wire: Ours(transport, wire, hidden, expert_size, device) for wire in ("bf16", "fp8")}
         layer = self.ours["bf16"].layer
@@ -198,7 +204,9 @@ class Contenders:
         divided = {wire: self._flights(ours, ours.in_chunks, x_TD, routing) for wire, ours in self.ours.items()}
         unseen = {wire: flights[wire]["unseen"] + divided[wire]["unseen"] for wire in self.ours}
         busy = {wire: total["worked"] / total["took"] * self.transport.world_size for wire, total in flights.items()}
-        hidden = _hidden(flights), _hidden(divided)
+        each = min(cores() / self.ranks_here, torch.get_num_threads()) if self.device.type == "cpu" else None
+        by_core = {w: each and hidden_by_core(each, t["took"], t["worked"], t["flown"]) for w, t in flights.items()}
+        hidden = _hidden(flights), _hidden(divided), by_core
         return Found(times, *hidden, unseen, busy, chunks, portions, crossed, minimum, metadata)
 
     def _bytes(self, routing: Routing) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
