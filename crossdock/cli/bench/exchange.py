@@ -46,7 +46,7 @@ def exchange(
     expert_size: Annotated[
         int | None, typer.Option(min=1, help="Inner size; by default as products and links.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; as time allows by default, 5 to 15.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; as time allows by default, 5 to 60.")] = None,
     device: Device = None,
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in seconds.")] = 120.0,
     plot: Plot = None,

@@ -17,7 +17,7 @@ from crossdock.comm import Transport
 
 ROUND_S = 0.02  # a round repeats a call until it took about this long
 ROUNDS = 9
-RANK_ROUNDS = 5, 15  # fewest and most rounds of calls that several ranks make together
+RANK_ROUNDS = 5, 60  # fewest and most rounds of calls that several ranks make together
 
 
 @dataclass(frozen=True)
