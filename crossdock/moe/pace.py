@@ -48,11 +48,15 @@ class Rates:
     handling_s: float = 0.0
     handled_byte_s: float = 0.0
 
-    def scaled(self, exchange: float = 1.0, products: float = 1.0, handling: float = 1.0) -> "Rates":
-        """With bytes, operations and handling slower by these factors; what else there is stays."""
+    def scaled(
+        self, exchange: float = 1.0, products: float = 1.0, handling: float = 1.0, passes: float = 1.0
+    ) -> "Rates":
+        """With bytes, operations, handling and passes over the weights slower by these factors."""
         return replace(
             self,
             byte_s=self.byte_s * exchange,
+            pass_s=self.pass_s * passes,
+            weight_byte_s=self.weight_byte_s * passes,
             operation_s=self.operation_s * products,
             handling_s=self.handling_s * handling,
             handled_byte_s=self.handled_byte_s * handling,
@@ -197,7 +201,7 @@ class Pace:
         self.measures = device.type == "cpu"
         self.rates = CPU if self.measures else NVLINK if transport.topology.num_nodes == 1 else NETWORK
         self.in_chunks, self.amid = Travel(), Travel()
-        self.products, self.crowding = Factor(), Factor()
+        self.products, self.passes, self.crowding = Factor(), Factor(), Factor()
         self.chosen = self.portions = 1
 
     def choose(self, tokens: int, whole: bool) -> tuple[int, int]:
@@ -205,20 +209,20 @@ class Pace:
 
         A collective, the same on every rank. `whole`: no portions, as where gradients are asked for.
         """
-        factors = [self.products.value]
+        factors = [self.products.value, self.passes.value]
         for travel, other in ((self.in_chunks, self.amid), (self.amid, self.in_chunks)):
             factors.append(travel.exchange.or_else(other.exchange))
             factors.append(travel.handling.or_else(other.handling) * self.crowding.value)
         values = [tokens, int(whole), *(round(factor * UNIT) for factor in factors)]
         gathered = self.transport.all_gather(values, "choice of chunks")
         most, is_whole, *worst = (max(values) for values in zip(*gathered, strict=True))
-        products, exchange, handling, amid_exchange, amid_handling = (factor / UNIT for factor in worst)
-        rates = self.rates.scaled(exchange, products, handling)
+        products, passes, exchange, handling, amid_exchange, amid_handling = (factor / UNIT for factor in worst)
+        rates = self.rates.scaled(exchange, products, handling, passes)
         world_size = self.transport.world_size
         self.chosen = best_chunks(rates, self.work, most, world_size)
         self.portions = 1
         if not is_whole and self.nodes > 1:
-            amid_rates = self.rates.scaled(amid_exchange, products, amid_handling)
+            amid_rates = self.rates.scaled(amid_exchange, products, amid_handling, passes)
             self.portions = self._best_portions(rates, amid_rates, most, world_size)
         self.chosen = 1 if self.portions == 5 else self.chosen
         return self.chosen, self.portions
@@ -255,12 +259,17 @@ class Pace:
             other.exchange.drift(travel.exchange)
 
     def saw_products(self, rows: int, took_s: float, worked_s: float, passes: int = 1) -> None:
-        """Rows that went through this rank's experts in so many passes. worked_s: of the thread that called them."""
-        if not self.measures:
+        """Rows that went through this rank's experts in so many passes. worked_s: of the thread that called them.
+
+        Many rows tell what an operation takes, few what a pass over the weights does.
+        """
+        if not self.measures or not rows:
             return
-        fixed_s = passes * products_s(self.rates, self.work, 0)
-        all_s = fixed_s + products_s(self.rates, self.work, rows) - products_s(self.rates, self.work, 0)
-        if self._learn(self.products, fixed_s, all_s, took_s) and worked_s > 0:
+        pass_s = products_s(self.rates, self.work, 0)
+        operations_s, fixed_s = products_s(self.rates, self.work, rows) - pass_s, passes * pass_s * self.passes.value
+        if not self._learn(self.products, fixed_s, fixed_s + operations_s, took_s):
+            self.passes.towards((took_s - operations_s * self.products.value) / (passes * pass_s))
+        elif worked_s > 0:
             self.crowding.towards(min(took_s / worked_s, MOST_CROWDED))
 
     @staticmethod

@@ -7,7 +7,7 @@ import torch
 
 from crossdock import LocalWorld
 from crossdock.comm import LocalTransport, Transport
-from crossdock.moe.pace import CPU, Pace, Rates, Work, amid_s, best_chunks, chunk_shares, predicted_s
+from crossdock.moe.pace import CPU, Pace, Rates, Work, amid_s, best_chunks, chunk_shares, predicted_s, products_s
 
 WORK = Work(top_k=8, row_bytes=4096, back_bytes=4096, row_operations=6 * 2048 * 768, weight_bytes=96 * 2048 * 768)
 
@@ -38,6 +38,18 @@ def test_cost_model_hides_all_but_the_ends() -> None:
     assert took_s == pytest.approx(10_000 * 2e-6 * (1 + 1 / 10), rel=0.01)
 
 
+def test_few_rows_tell_what_a_pass_takes() -> None:
+    """Ten times slower links are worth another pass over the weights, and not one that takes twenty times as long."""
+    pace = Pace(LocalTransport(), WORK, torch.device("cpu"))
+
+    def choose() -> int:
+        return best_chunks(CPU.scaled(exchange=10.0, passes=pace.passes.value), WORK, 512, 4)
+
+    assert choose() > 1
+    pace.saw_products(8, 20 * products_s(CPU, WORK, 0), 1.0)
+    assert choose() == 1
+
+
 def test_all_ranks_choose_the_same_number_from_what_they_measured() -> None:
     def choose(transport: Transport) -> list[int]:
         pace = Pace(transport, WORK, torch.device("cpu"))
@@ -59,8 +71,14 @@ def test_measured_times_move_the_prediction() -> None:
     assert pace.products.value == pytest.approx(3.0)
     pace.saw_products(500, expected_s, 1.0)
     assert pace.products.value == pytest.approx(2.0)
-    pace.saw_products(1, 1.0, 1.0)
+    pace.saw_products(0, 1.0, 1.0)
+    assert pace.passes.value == 1.0, "without rows no weights are read"
+    row_s = CPU.operation_s * WORK.row_operations
+    pace.saw_products(1, 2 * 5 * (expected_s - operations_s) + 2 * row_s, 1.0, passes=2)
     assert pace.products.value == pytest.approx(2.0), "one row tells nothing about rates"
+    assert pace.passes.value == pytest.approx(5.0)
+    pace.saw_products(500, 5 * (expected_s - operations_s) + 3 * operations_s, 1.0)
+    assert pace.products.value == pytest.approx(2.5), "what a pass takes is none of it"
 
 
 def test_what_the_processor_does_for_an_exchange_is_not_hidden() -> None:
