@@ -14,7 +14,7 @@ F.grouped_mm wins, but in float32 its rows get other bits in a group of 1 to 3 (
 bfloat16 only, and there only while most groups have rows: it spends 0.8 us on each empty one. In float32 every group's
 product runs over a whole number of quanta of rows by reading on into the next group's rows, and the next group's
 product overwrites what that left behind: no padded copy of the rows is made. On CPUs without bfloat16 or float16
-products of many rows take that way too, in float32 (see crossdock.linear), and their gradients.
+their products take that way too, in float32 (see crossdock.linear), and so do their gradients.
 """
 
 import numpy as np
