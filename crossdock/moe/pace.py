@@ -9,8 +9,8 @@ ranks share cores it takes as much longer as products do. The factors and the nu
 call, and the worst of each is taken, so that all ranks choose the same number.
 
 Rejected: a probe when the layer is built. Links that are throttled let a short burst through at full rate, so a probe
-short enough to go unnoticed measures something else. Rejected: fitting fixed costs too. One call has too few
-sizes to tell them from rates. On a GPU the host does not wait and has nothing to measure: assumed rates stay.
+short enough to go unnoticed measures something else. Rejected: fitting fixed costs and rates at once. One call
+has too few sizes to tell them apart. On a GPU the host does not wait and has nothing to measure: assumed rates stay.
 
 Legend: T tokens, K experts per token, W ranks.
 """

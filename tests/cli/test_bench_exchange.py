@@ -1,5 +1,6 @@
 """`bench exchange` at toy sizes: what it counts, what it compares, and that wrong results are not timed."""
 
+import doctest
 import json
 import sys
 from collections.abc import Callable
@@ -141,6 +142,7 @@ def sized(group: EPGroup, links: Links | None) -> tuple[int, str]:
 
 def test_experts_are_as_large_as_products_and_links_make_them(ranks_of_two: Ranks) -> None:
     """Of links so slow or so fast that no core's products are near the border."""
+    assert doctest.testmod(expert_size) == (0, 1)
     slow, fast = ({"between": {"gbytes_per_s": rate, "us": 1.0}} for rate in (1e-6, 1e6))
     assert {size for size, _ in ranks_of_two.run(sized, slow)} == {2048}
     ((size, why), (other, _)) = ranks_of_two.run(sized, fast | {"inside": {"gbytes_per_s": 1e-6, "us": 1.0}})
