@@ -146,7 +146,7 @@ def test_experts_are_as_large_as_products_and_links_make_them(ranks_of_two: Rank
     slow, fast = ({"between": {"gbytes_per_s": rate, "us": 1.0}} for rate in (1e-6, 1e6))
     assert {size for size, _ in ranks_of_two.run(sized, slow)} == {2048}
     ((size, why), (other, _)) = ranks_of_two.run(sized, fast | {"inside": {"gbytes_per_s": 1e-6, "us": 1.0}})
-    assert size == other == 128 and why.endswith("e9 operations/s a rank behind 500000000 MB/s"), "two share a link"
+    assert size == other == 64 and why.endswith("e9 operations/s a rank behind 500000000 MB/s"), "two share a link"
     assert {size for size, _ in ranks_of_two.run(sized, {"inside": slow["between"]})} == {2048}
     assert ranks_of_two.run(sized, None) == [(2048, "as DeepSeek-V3's")] * 2
 

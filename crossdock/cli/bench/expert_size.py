@@ -1,13 +1,14 @@
 """How large `bench exchange` makes its experts: as long at work beside the traffic, here, as on a real cluster.
 
-There a rank has 400e12 usable operations a second (H100) behind 45e9 bytes a second (a 400 Gb/s adapter each), 8900
-operations a byte, and DeepSeek-V3's experts have F = 2048. A row has 6 * D * F operations and 4 * D bytes there and
-back, so experts that have f operations a byte behind them take as long beside their traffic with F = 2048 * f / 8900.
-Four ranks on two cores with 200e9 operations a second each, and a link of 97 MB/s for two of them, have 2060: F = 475.
+There a rank does 704e12 operations a second in bfloat16 (torch's F.grouped_mm in prefill on an H200, pytorch#156203)
+behind 45e9 bytes a second (a 400 Gb/s adapter each): 15600 operations a byte, and DeepSeek-V3's experts have F = 2048. A
+row has 6 * D * F operations and 4 * D bytes there and back, so experts that have f operations a byte behind them take as
+long beside their traffic with F = 2048 * f / 15600. Four ranks on two cores with 97e9 operations a second each, and a
+link of 94 MB/s for two of them, have 2060: F = 270.
 
-Where half of the rows cross, as between two nodes, products take 6 * 2048 / 400e12 / (4 * 0.5 / 45e9) = 0.69 of the
-plain form's time on its link: `compute_to_plain` in the result says what they took of all of its time. A GPU is what it
-is, and has experts of 2048.
+Where half of the rows cross, as between two nodes, products take 6 * 2048 / 704e12 / (4 * 0.5 / 45e9) = 0.39 of the
+plain form's time on its link, and 0.22 in FP8 (1250e12, DeepGEMM on an H800): `compute_to_plain` in the result says what
+they took of all of its time. A GPU is what it is, and has experts of 2048.
 
 Legend: L slots a rank, D hidden, R rows by slot.
 """
@@ -23,16 +24,16 @@ from crossdock.comm import DispatchPlan, Inbound, Transport
 from crossdock.moe import MoEConfig
 from crossdock.moe.experts import Experts
 
-REAL_SIZE, REAL_OPERATIONS_PER_BYTE = 2048, 400e12 / 45e9
-STEP = 128  # a block of FP8 weights; less than a step is left to what else a layer does on the same cores
+REAL_SIZE, REAL_OPERATIONS_PER_BYTE = 2048, 704e12 / 45e9
+STEP = 64  # values; less than a step is left to what else a layer does on the same cores
 SLOTS, ROWS, HIDDEN, MEASURED_SIZE, ROUNDS = 8, 256, 2048, 384, 5  # ROWS of each slot
 
 
 def proportionate_size(operations_per_s: float, bytes_per_s: float) -> int:
-    """F for a rank with these, in whole steps; 128 at least and 2048 at most.
+    """F for a rank with these, in whole steps; 64 at least and 2048 at most.
 
-    >>> proportionate_size(97e9, 47e6), proportionate_size(400e12, 45e9)
-    (384, 2048)
+    >>> proportionate_size(97e9, 47e6), proportionate_size(704e12, 45e9)
+    (256, 2048)
     """
     size = REAL_SIZE * operations_per_s / bytes_per_s / REAL_OPERATIONS_PER_BYTE
     return min(max(round(size) // STEP * STEP, STEP), REAL_SIZE)
