@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -45,8 +46,9 @@ WEIGHTS = {"killed": 8, "stopped": 2, "stopped briefly": 3, "late": 2, "late a l
 
 def transports() -> dict[str, str]:
     """Those there are, and for each why it cannot be soaked here; empty where it can."""
-    has_mpi = find_spec("mpi4py") and find_mpiexec()
-    without_mpi = "" if has_mpi else "needs mpi4py and mpiexec: pip install 'crossdock[mpi]'"
+    mpiexec = find_mpiexec() if find_spec("mpi4py") else None
+    version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True).stdout if mpiexec else ""
+    without_mpi = "" if "HYDRA" in version else "needs mpi4py and MPICH's mpiexec: pip install 'crossdock[mpi]'"
     return {"torch": "", "symmetric": "" if find_spec("triton") else "needs triton", "mpi": without_mpi}
 
 

@@ -20,21 +20,21 @@ from benchmarks.soak_start import Event, Forked, UnderMpiexec
 GRACE_S = 3.5  # 2 s in which a rank may say where it stands, and a busy machine
 HANG_S = 20.0  # beyond the timeouts, from the start of a trial or of a recovery
 EITHER = ("RankFailure", "CommTimeout")  # before it has come, or after
-EXPECTED: dict[str, str | tuple[str, ...]] = {
-    "killed": "RankFailure",
-    "killed in recovery": "RankFailure",
+EXPECTED: dict[str, tuple[str, ...]] = {
+    "killed": ("RankFailure",),
+    "killed in recovery": ("RankFailure",),
     "killed at start": EITHER,
     "stopped at start": EITHER,
-    "stopped": "RankFailure",
-    "late": "CommTimeout",
-    "error": "RankFailure",
-    "abort": "RankFailure",
-    "leaves": "RankFailure",
-    "bad id": "RankFailure",
-    "other width": "PlanMismatch",
-    "other world": "ConfigError",
-    "other nodes": "ConfigError",
-    "never comes": "CommTimeout",
+    "stopped": ("RankFailure",),
+    "late": ("CommTimeout",),
+    "error": ("RankFailure",),
+    "abort": ("RankFailure",),
+    "leaves": ("RankFailure",),
+    "bad id": ("RankFailure",),
+    "other width": ("PlanMismatch",),
+    "other world": ("ConfigError",),
+    "other nodes": ("ConfigError",),
+    "never comes": ("CommTimeout",),
 }
 WAITED_FOR = ("stopped", "late", "killed at start", "stopped at start")  # nobody is told of these
 LIVING = ("late", "abort")  # victims of these take part in a recovery

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crossdock.comm import LocalWorld, make_transport
-    from crossdock.errors import CrossdockError
+    from crossdock.errors import CrossdockError, RankFailure
     from crossdock.gemm import QuantSpec
     from crossdock.models.generate import generate
     from crossdock.models.registry import load_model
     from crossdock.moe import ExchangeConfig, MoEConfig, MoELayer, go_on
-    from crossdock.parallel import EPGroup, ExpertPlacement, init, rebalance, recover
+    from crossdock.parallel import EPGroup, ExpertPlacement, Topology, init, lost_ranks, rebalance, recover
 
 __version__ = "0.1.0"
 
@@ -32,10 +32,13 @@ __all__ = [
     "MoEConfig",
     "MoELayer",
     "QuantSpec",
+    "RankFailure",
+    "Topology",
     "generate",
     "go_on",
     "init",
     "load_model",
+    "lost_ranks",
     "make_transport",
     "rebalance",
     "recover",
@@ -43,12 +46,12 @@ __all__ = [
 
 _HOMES = {
     "comm": ("LocalWorld", "make_transport"),
-    "errors": ("CrossdockError",),
+    "errors": ("CrossdockError", "RankFailure"),
     "gemm": ("QuantSpec",),
     "models.generate": ("generate",),
     "models.registry": ("load_model",),
     "moe": ("ExchangeConfig", "MoEConfig", "MoELayer", "go_on"),
-    "parallel": ("EPGroup", "ExpertPlacement", "init", "rebalance", "recover"),
+    "parallel": ("EPGroup", "ExpertPlacement", "Topology", "init", "lost_ranks", "rebalance", "recover"),
 }
 
 

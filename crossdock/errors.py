@@ -22,7 +22,7 @@ class CommTimeout(CrossdockError):
 
 
 class RankFailure(CrossdockError):
-    """Another rank died or left while this one was waiting for it."""
+    """Another rank died, left, raised an error, aborted or does not answer."""
 
 
 class CapacityOverflow(CrossdockError):

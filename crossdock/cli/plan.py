@@ -51,11 +51,13 @@ def plan(
     """Predicts a layer's time, bytes on links and hidden travel; compares schedules from 8 to 1024 ranks."""
     check_plot(plot)
     if calibrate is not None or emulate is not None:
-        return _calibrate(ctx, calibrate, emulate)
+        return _calibrate(ctx, calibrate, emulate, as_json)
     if check is not None:
         _check_given(ctx, "--check", ("check", "cluster", "values"))
     if trace is not None and _is_given(ctx, "skew"):
         raise ConfigError("--skew is of routing that is drawn: leave it out, --trace says what is chosen")
+    if "balanced" not in (placement or ()) and _is_given(ctx, "spare"):
+        raise ConfigError("--spare is of balanced placements: add --placement balanced, or leave it out")
     from crossdock.cli.plan_show import show_check, show_comparison
     from crossdock.simulate import Drawn, compare, read_routing
     from crossdock.simulate.check import check as checked
@@ -157,7 +159,7 @@ def _check_size(worlds: list[int], tokens: int, shape: "LayerShape") -> None:
         )
 
 
-def _calibrate(ctx: typer.Context, path: Path | None, emulate: str | None) -> None:
+def _calibrate(ctx: typer.Context, path: Path | None, emulate: str | None, as_json: bool) -> None:
     """Starts the ranks, or is one of them; rank 0 writes the file."""
     if path is None:
         raise ConfigError("--emulate is for --calibrate: predictions take a --cluster")
@@ -180,3 +182,5 @@ def _calibrate(ctx: typer.Context, path: Path | None, emulate: str | None) -> No
         if runtime.group.rank == 0:
             path.write_text(json.dumps(measured.to_json(), indent=1) + "\n")
             print(f"written: {path}", file=sys.stderr)
+            if as_json:
+                print(json.dumps(measured.to_json()))

@@ -27,7 +27,8 @@ def make_transport(group: EPGroup, name: str = "auto") -> Transport:
     """The transport for `group`, or the one named: by default "local" in a group of one, "mpi" where mpiexec started
     it, "torch" otherwise. A collective.
 
-    Raises ConfigError for an unknown name, and for one that cannot serve the group.
+    Raises ConfigError for an unknown name, and for one that cannot serve the group; RankFailure or CommTimeout where
+    another rank is lost, or does not come.
     """
     if name == "auto":
         name = "local" if group.world_size == 1 else "torch" if group.communicator is None else "mpi"

@@ -229,7 +229,8 @@ class VirtualTransport:
 class LocalWorld:
     """W virtual ranks. An exception in one rank ends the others' waits at once, and is what `run` raises.
 
-    `topology` places them on as many nodes as are to be pretended; one by default.
+    `topology` places them on as many nodes as are to be pretended; one by default. Waits for another rank end after
+    `timeout_s` seconds with CommTimeout. Raises ConfigError for less than one rank, and for a topology of others.
     """
 
     def __init__(self, world_size: int, timeout_s: float = 60.0, topology: Topology | None = None) -> None:

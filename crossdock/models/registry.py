@@ -66,7 +66,7 @@ def load_model(
     too, where the checkpoint holds all of those in FP8. `exchange` says how rows travel; with `two_batch` the attention
     of one half of a batch runs while the other half's rows do. `progress(done, total)` counts bytes. Raises
     CheckpointError where the directory, a tensor or the model type is not what it should be, ConfigError for a config
-    field that cannot work.
+    field that cannot work, and for experts that do not divide over the ranks.
     """
     config, device = read_config(directory), torch.device(device)
     dtype = dtype or checkpoint_dtype(config)

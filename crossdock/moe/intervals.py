@@ -100,7 +100,7 @@ def hidden_fraction(ranks: Iterable[tuple[float, float]]) -> float | None:
 
 
 def hidden_by_core(cores_per_rank: float, took: float, worked: float, flown: float) -> float | None:
-    """Of the time in which rows are in flight, the part for which no core idles; None where none flew.
+    """Of the cores' time in which rows are in flight, the part that is worked; None where none flew.
 
     Where ranks share cores, one that waits leaves its core to another, and nothing is lost by it. `took`, `worked` and
     `flown` are sums over the ranks, in one unit: how long each was at it, the work of its process, and how long its

@@ -56,7 +56,9 @@ class MoELayer(nn.Module):
     experts are whole on every rank; experts are this rank's slots only. `load_E` (int64) counts the (token, k) choices
     of this rank's tokens per logical expert since it was last zeroed.
 
-    Raises ConfigError where placement, transport, config and `exchange` disagree.
+    `dtype` is that of tokens and experts (with fp8 experts, of what comes out of them). `backend` "auto" is Triton on a
+    GPU and torch elsewhere. Raises ConfigError where placement, transport, config and `exchange` disagree. Building a
+    layer with hierarchy "node" over several nodes is a collective.
     """
 
     def __init__(
@@ -199,7 +201,12 @@ class MoELayer(nn.Module):
             self.experts = self.experts.packed()
 
     def forward(self, x_TD: Tensor, codes: Codes | None = None) -> Tensor:
-        """[T, D] -> [T, D] in x's dtype; a collective of all ranks. `codes` are x's of `quantize_rows`, where known."""
+        """x [T, D] in the layer's dtype -> [T, D] in the same; a collective of all ranks.
+
+        `codes` are x's of `quantize_rows`, where known. Raises ConfigError for another shape, dtype or device,
+        PlanMismatch where ranks disagree, CapacityOverflow where a bounded buffer is too small, and RankFailure or
+        CommTimeout where another rank is lost or does not come.
+        """
         return run(self.stages(x_TD, codes))
 
     def stages(self, x_TD: Tensor, codes: Codes | None = None) -> Steps[Tensor]:

@@ -22,9 +22,9 @@ def go_on(model: nn.Module, transport: Transport, lost: Sequence[int], exchange:
     """Moves every MoE layer of `model` to `transport`, that of the ranks left; a collective of them.
 
     `lost` are the ranks that are gone, as the layers' placements number them. Raises RankFailure, naming the experts,
-    where one has no replica left. Whatever is raised, another rank's failure on the way included, all layers of the
-    model are then as they were. `exchange` says how rows travel from now on, as before without it: a node that has lost
-    a rank is no place for hierarchy "node".
+    where one has no replica left, and ConfigError for `lost` ranks that there were not. Whatever is raised, another
+    rank's failure on the way included, all layers of the model are then as they were. `exchange` says how rows travel
+    from now on, as before without it: a node that has lost a rank is no place for hierarchy "node".
     """
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     placements = [layer.placement.without(lost) for layer in layers]

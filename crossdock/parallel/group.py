@@ -30,12 +30,14 @@ MPIEXEC = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_S
 
 @dataclass(frozen=True)
 class EPGroup:
-    """This rank, its device, and the process group it shares with the others (None in a group of one and once closed).
+    """This rank, its device, and the process group it shares with the others.
 
-    `communicator` is what ranks that mpiexec started have instead of a process group: see `parallel.mpi_launch`.
-    `timeout_s` bounds every wait on another rank, in seconds. `members` are the ranks' numbers in the world as it was
-    started, by which errors call them: 0..W-1 until some are lost (`recover`). `bond` is there with a process group.
-    Use as a context manager, which tells the others of an exception that leaves it, or call `close`.
+    That is None in a group of one, once the group is closed or has failed, and under mpiexec until a transport of
+    torch is asked for. `communicator` is what ranks that mpiexec started have instead of a process group: see
+    `parallel.mpi_launch`. `timeout_s` bounds every wait on another rank, in seconds. `members` are the ranks' numbers
+    in the world as it was started, by which errors call them: 0..W-1 until some are lost (`recover`). `bond` is there
+    with a process group. Use as a context manager, which tells the others of an exception that leaves it, or call
+    `close`.
     """
 
     rank: int
@@ -68,7 +70,7 @@ class EPGroup:
         """The ranks of a process group that another engine has made (None: the default group); a collective of them.
 
         What is made of it is a process group of those ranks that is crossdock's alone: collectives of the engine do not
-        meet these, and closing this group leaves the engine's as it is. Raises ConfigError and CommTimeout as `init`.
+        meet these, and closing this group leaves the engine's as it is. Raises what `init` does.
         """
         check_timeout(timeout_s)
         if not dist.is_initialized():
@@ -169,7 +171,8 @@ def init(
     Without `device`: this rank's GPU where there is one, else the CPU. Control messages travel by gloo, rows by gloo on
     CPUs and NCCL on GPUs; under mpiexec both travel by MPI. `topology`, the same on all ranks, says which of them share
     a node; without it the hosts' names do. Raises ConfigError for variables that contradict one another or those of
-    another rank, and for a device that is absent, and CommTimeout where ranks do not arrive within `timeout_s` seconds.
+    another rank, and for a device that is absent, CommTimeout where ranks do not arrive within `timeout_s` seconds, and
+    RankFailure where one that had come is lost before all are connected.
     """
     check_timeout(timeout_s)
     for rank_name, size_name in MPIEXEC:

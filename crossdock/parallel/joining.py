@@ -20,10 +20,10 @@ from torch.distributed.distributed_c10d import PrefixStore
 from crossdock.errors import CommTimeout, ConfigError, CrossdockError
 from crossdock.parallel.bond import Bond, connect, connect_rows
 from crossdock.parallel.bounded import bounded
+from crossdock.parallel.dialling import connect_all
 from crossdock.parallel.meeting import Arrival, Listener, meet, topology_of
 from crossdock.parallel.topology import Topology
 from crossdock.parallel.watch import Watch
-from crossdock.parallel.wires import Wires
 
 GRACE_S = 2.0  # how long after the timeout torch may still raise an error of its own, which says more
 TRY_S = 10.0  # to connect to a host that does not answer, before the next try
@@ -62,7 +62,8 @@ def join(
     def arrive(mine: Arrival) -> Met:
         return _arrive(where, mine, deadline, timeout_s)
 
-    return _become(rank, world_size, device, where.host, topology, deadline, arrive, start)
+    keeper = None if where.is_open else 0
+    return _become(rank, world_size, device, where.host, keeper, topology, deadline, arrive, start)
 
 
 def adopt(
@@ -91,7 +92,8 @@ def adopt(
     def start(store: PrefixStore) -> dist.ProcessGroup:
         return given if owned else connect(store, name, rank, world_size, device, timeout_s)
 
-    return _become(rank, world_size, device, _store_host(), topology, deadline, arrive, start)
+    keeper = dist.get_group_rank(given, 0) if 0 in dist.get_process_group_ranks(given) else None
+    return _become(rank, world_size, device, _store_host(), keeper, topology, deadline, arrive, start)
 
 
 def _become(
@@ -99,17 +101,21 @@ def _become(
     world_size: int,
     device: torch.device,
     host: str,
+    keeper: int | None,
     topology: Topology | None,
     deadline: float,
     arrive: Callable[[Arrival], Met],
     start: Callable[[PrefixStore], dist.ProcessGroup],
 ) -> tuple[Bond, Topology]:
-    """A group of the ranks that `arrive` meets, whose process group `start` makes; nothing is left open by an error."""
+    """A group of the ranks that `arrive` meets, whose process group `start` makes; nothing is left open by an error.
+
+    `host` is where the store is, `keeper` the rank among these whose process it is in, if it is.
+    """
     listener = Listener(rank, host)
     try:
         store, met = arrive(Arrival(listener.card, world_size, topology.node_of_rank if topology else ()))
         cards = [arrival.card for arrival in met]
-        wires = Wires(listener, cards, host, max(deadline, time.monotonic() + LEAST_S))
+        wires = connect_all(listener, cards, host, max(deadline, time.monotonic() + LEAST_S), keeper)
     except BaseException:
         listener.socket.close()
         raise

@@ -169,6 +169,8 @@ def _judge(store: Store, mine: Arrival, deadline: float, timeout_s: float) -> tu
             wrong = "CommTimeout", _missing(set(range(mine.world_size)) - met.keys(), timeout_s)
         else:
             time.sleep(LOOK_S)
+    if wrong is None and inside.check([GAVE_UP]):  # before the last of them came
+        wrong = "CommTimeout", inside.get(GAVE_UP).decode()
     leave_at = time.monotonic() + STAY_S
     while True:  # after a failure whoever comes hears of it, too
         verdict = Verdict((mine, *arrivals.seen), *(wrong or ()))
@@ -182,7 +184,9 @@ def _judge(store: Store, mine: Arrival, deadline: float, timeout_s: float) -> tu
 def _follow(store: Store, mine: Arrival, deadline: float, timeout_s: float) -> tuple[PrefixStore, Verdict]:
     """Any other rank's part. A name may be an earlier start's: then it changes once rank 0 has come."""
     name, inside, verdict = "", PrefixStore("", store), None
-    while time.monotonic() <= deadline:
+    is_over = False
+    while not is_over:
+        is_over = time.monotonic() > deadline  # and one look more
         if store.check([START]) and (now := store.get(START).decode()) != name:
             name, inside, verdict = now, PrefixStore(now, store), None
             _Arrivals(inside).add(mine)
@@ -195,9 +199,9 @@ def _follow(store: Store, mine: Arrival, deadline: float, timeout_s: float) -> t
         return inside, Verdict((), "CommTimeout", _missing({0}, timeout_s))
     came = {one.card.rank for one in _Arrivals(inside).read()}
     missing = set(range(1, mine.world_size)) - came
-    if verdict is not None or not missing:
-        return inside, Verdict((), "CommTimeout", f"rank 0 did not let this rank in within {timeout_s:g} s")
     text = _missing(missing, timeout_s)
+    if verdict is not None or not missing:
+        text = f"rank 0 did not let rank {mine.card.rank} in within {timeout_s:g} s"
     inside.set(GAVE_UP, text)
     return inside, Verdict((), "CommTimeout", text)
 

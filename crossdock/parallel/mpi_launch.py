@@ -33,11 +33,11 @@ import torch.distributed as dist
 from crossdock.errors import CommTimeout, ConfigError, RankFailure
 from crossdock.parallel.bond import connect_rows
 from crossdock.parallel.bounded import bounded
+from crossdock.parallel.dialling import connect_all
 from crossdock.parallel.joining import adopt
 from crossdock.parallel.meeting import Arrival, Listener, disagreement, topology_of
 from crossdock.parallel.topology import Topology
 from crossdock.parallel.watch import Watch, say_goodbye
-from crossdock.parallel.wires import Wires
 
 if TYPE_CHECKING:
     from crossdock.parallel.group import EPGroup
@@ -153,7 +153,7 @@ def join_mpi(rank: int, world_size: int, timeout_s: float, topology: Topology | 
         problem = next(filter(None, (disagreement(mine, other) for other in met)), "")
         if problem:
             raise ConfigError(f"rank {rank}: {problem}")
-        wires = Wires(listener, [arrival.card for arrival in met], toward, time.monotonic() + limit.left())
+        wires = connect_all(listener, [arrival.card for arrival in met], toward, time.monotonic() + limit.left())
     except BaseException:
         listener.socket.close()
         raise

@@ -62,7 +62,8 @@ class ExpertPlacement:
     def without(self, ranks: Iterable[int]) -> "ExpertPlacement":
         """The placement of the other ranks, numbered anew in their order; each keeps what it has in every slot.
 
-        Raises RankFailure, naming the experts, where one was held by `ranks` alone.
+        Raises RankFailure, naming the experts, where one was held by `ranks` alone, and ConfigError for ranks that
+        there are not, or all of them.
 
         >>> ExpertPlacement(3, 3, (0, 1, 1, 2, 2, 0)).without([1]).physical_to_logical
         (0, 1, 2, 0)

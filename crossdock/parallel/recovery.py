@@ -26,9 +26,9 @@ from crossdock.errors import CommTimeout, ConfigError, RankFailure
 from crossdock.parallel.bond import Bond, connect, release
 from crossdock.parallel.bounded import Background
 from crossdock.parallel.group import EPGroup, check_timeout
-from crossdock.parallel.standing import name_ranks
+from crossdock.parallel.standing import ANSWER_S, name_ranks
 from crossdock.parallel.topology import Topology
-from crossdock.parallel.watch import ANSWER_S, Watch
+from crossdock.parallel.watch import Watch
 
 PHASE = "recovery"
 
@@ -37,10 +37,11 @@ def recover(group: EPGroup, timeout_s: float | None = None) -> EPGroup:
     """The group of the ranks that still answer; a collective of them. `group` is of no further use.
 
     Ranks are numbered anew in their old order; `members` says what they were. Survivors have `timeout_s` (the group's)
-    to come; who answers but does not come by then is left out. Where a network falls apart, each side goes on. Raises
-    RankFailure on a rank that the others went on without, CommTimeout where they cannot agree in that time, and
-    ConfigError for a group of one, and for a `timeout_s` that `init` would refuse. What is left of a group that mpiexec
-    started goes on over torch.distributed.
+    to come; who answers but does not come by then is left out. Where a network falls apart so that no connection is
+    left between two sides, each goes on: keeping one of them is the caller's part. Raises RankFailure on a rank that
+    the others went on without, CommTimeout where they cannot agree in that time, and ConfigError for a group of one,
+    and for a `timeout_s` that `init` would refuse. What is left of a group that mpiexec started goes on over
+    torch.distributed.
     """
     wait_s = group.timeout_s if timeout_s is None else timeout_s
     check_timeout(wait_s)
@@ -207,7 +208,8 @@ class _Recovery:
             if not self.changed.wait_for(lambda: self._told("store", host) == set(members), self.timeout_s):
                 raise RuntimeError(f"rank {host} has opened no store")
             port = self.watch.notes["store"][host]["port"]
-        return self._open(self.watch.wires.address(host), port, False)
+        wires = self.watch.wires
+        return self._open(wires.address(next(card for card in wires.cards if card.rank == host)), port, False)
 
     def _open(self, host: str, port: int, is_master: bool) -> Store:
         wait = timedelta(seconds=self.wait_s)

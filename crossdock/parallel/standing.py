@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 from crossdock.errors import CapacityOverflow, CommTimeout, CrossdockError, PlanMismatch, RankFailure
 
 REMEMBERED = 16  # phases kept of each channel
+SETTLE_S = 0.3  # what a lost rank sent before its end may still be arriving, and so may the news of a second one
+ANSWER_S = 2.0  # how long a rank may take to say where it stands before it counts as silent
 AS_LATE = 0.5  # share of the timeout by which the last to come must trail this rank to be called late
 
 

@@ -22,15 +22,13 @@ from weakref import WeakSet
 
 from crossdock.errors import CrossdockError
 from crossdock.parallel.bounded import Background
-from crossdock.parallel.standing import Failure, Place, Standing, Turn, Wait, blame
+from crossdock.parallel.standing import ANSWER_S, SETTLE_S, Failure, Place, Standing, Turn, Wait, blame
 from crossdock.parallel.wires import Message, Wires
 
 T = TypeVar("T")
 LONGEST_WHY = 500  # characters of a reason that travel
 SLICE_S = 0.05  # how often a wait looks whether there is still something to wait for
-SETTLE_S = 0.3  # what a lost rank sent before its end may still be arriving, and so may the news of a second one
 EARLY = 0.9  # share of the timeout before which an exchange that breaks did so for another reason
-ANSWER_S = 2.0  # how long a rank may take to say where it stands before it counts as silent
 _open: "WeakSet[Watch]" = WeakSet()
 
 

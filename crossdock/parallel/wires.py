@@ -5,8 +5,7 @@ connections), can tell the others why it gives up, and can be asked where it sta
 of JSON travel on them; the thread sleeps in `select` until one comes. What a router or firewall forgets for its silence
 the system keeps known.
 
-    card of rank r: host name, address and port it listens at, a secret      every rank knows every card
-    rank r connects to the ranks below it, and accepts those above, who show its secret
+How they come about: `crossdock.parallel.dialling`.
 
 Rejected: c10d's store as the place for such notices. It lives in the process of rank 0 and ends with it, a client waits
 for its answer without a timeout when that process is stopped, and it can only be polled.
@@ -20,17 +19,15 @@ import secrets
 import selectors
 import socket
 import threading
-import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from crossdock.parallel.meeting import Card, Listener
-from crossdock.parallel.standing import Failure, Lost, Place, Standing, name_ranks
+from crossdock.parallel.standing import Failure, Lost, Place, Standing
 
 LONGEST_GREETING = 256  # bytes of the first line, from whoever connects
 CHUNK = 65536
-LONGEST_DIAL_S = 10.0  # the handshake's third repetition comes after 7 s
 IDLE_S = 60  # of silence before the system asks whether a connection still stands; routers forget one after minutes
 ENDED = "the process ended"
 Message = dict[str, Any]
@@ -65,12 +62,14 @@ class _Peer:
 class Wires:
     """Connections by rank in the world. `changed` is notified after every message and every loss."""
 
-    def __init__(self, listener: Listener, cards: list[Card], toward: str, deadline: float) -> None:
-        """Connects to all; raises RankFailure naming those who are not there by `deadline` (monotonic)."""
+    def __init__(self, listener: Listener, cards: Sequence[Card], toward: str) -> None:
+        """Accepts from now on who shows the secret of this rank's card; `cards` are all ranks', `toward` is a host that
+        every rank reaches."""
         self.rank, self.listener, self.cards, self._toward = listener.card.rank, listener, cards, toward
         self.changed = threading.Condition(threading.RLock())
         self.lost: dict[int, Lost] = {}
         self.peers: dict[int, _Peer] = {}
+        self.seen: set[int] = set()  # those of them who have said something
         self._handlers: dict[int, Handler] = {}
         self._early: dict[int, list[tuple[int, Message]]] = {}  # messages of an epoch this rank has not come to
         self._selector = selectors.DefaultSelector()
@@ -83,68 +82,30 @@ class Wires:
         self._thread.start()
         itself = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget(itself()))
-        try:
-            self._connect(deadline)
-        except BaseException:
-            self.close()
-            raise
 
-    def _connect(self, deadline: float) -> None:
-        refused = self._dial_all([card for card in self.cards if card.rank < self.rank], deadline)
-        everyone = {card.rank for card in self.cards} - {self.rank}
-        with self.changed:
-            left = max(0.0, deadline - time.monotonic())
-            self.changed.wait_for(lambda: everyone <= self.peers.keys() | refused, left)
-            missing = everyone - self.peers.keys()
-        if missing:  # those who have seen all are to hear of it before this rank leaves
-            text = f"{name_ranks(missing)} came, and was not seen again"
-            failure = Failure("silent", tuple(sorted(missing)), text, self.rank)
-            for rank in list(self.peers):
-                self.send(rank, 0, {"kind": "fail", "failure": failure.told()})
-            raise failure.error(self.rank, "init")
-        with contextlib.suppress(KeyError, ValueError):  # nobody else is to come
-            self._selector.unregister(self.listener.socket)
-        self.listener.socket.close()
-
-    def address(self, rank: int) -> str:
-        """Where `rank` is reached from here."""
-        card = next(card for card in self.cards if card.rank == rank)
+    def address(self, card: Card) -> str:
+        """Where the rank of `card` is reached from here."""
         # some machines know themselves by a loopback address, which is another machine here
         astray = _is_loopback(card.address) and card.host != self.listener.card.host
         return self._toward if astray else card.address
 
-    def _dial_all(self, cards: list[Card], deadline: float) -> set[int]:
-        """Connects to these ranks; returns who could not be reached.
+    def admit(self, link: socket.socket, rank: int) -> None:
+        """From now on `link` is the connection to `rank`, who has been dialled."""
+        self._admit(_Peer(link), rank, is_seen=False)
 
-        One that does not answer takes its share of the time left and is dialled again after the others: they would
-        take this rank for lost if it never came to dial them.
-        """
-        refused: set[int] = set()
-        while cards:
-            again = []
-            for number, card in enumerate(cards):
-                share = (deadline - time.monotonic()) / (len(cards) - number + 1)
-                try:
-                    self._admit(self._dial(card, min(max(0.1, share), LONGEST_DIAL_S)), card.rank)
-                except TimeoutError:
-                    again.append(card)
-                except OSError:
-                    refused.add(card.rank)
-            if time.monotonic() + 0.1 >= deadline:
-                return refused | {card.rank for card in again}
-            cards = again
-        return refused
+    def told(self) -> tuple[Failure | None, set[int]]:
+        """What has come before this rank's first handler: the group's failure, and who has said where it stands."""
+        early = self._early.get(0, [])
+        failures = [Failure.heard(message["failure"]) for _, message in early if message["kind"] == "fail"]
+        return next(iter(failures), None), {sender for sender, message in early if message["kind"] == "say"}
 
-    def _dial(self, card: Card, wait_s: float) -> _Peer:
-        link = socket.create_connection((self.address(card.rank), card.port), timeout=wait_s)
-        try:
-            link.sendall(json.dumps({"rank": self.rank, "secret": card.secret}).encode() + b"\n")
-        except OSError:
-            link.close()
-            raise
-        return _Peer(link)
+    def accept_no_more(self) -> None:
+        """Everybody has come."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(self.listener.socket)
+        self.listener.socket.close()
 
-    def _admit(self, peer: _Peer, rank: int) -> None:
+    def _admit(self, peer: _Peer, rank: int, is_seen: bool) -> None:
         peer.rank = rank
         peer.link.setblocking(False)
         peer.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -152,6 +113,8 @@ class Wires:
         self._selector.register(peer.link, selectors.EVENT_READ, peer)
         with self.changed:  # who waits for the last to come may close at once
             self.peers[rank] = peer
+            if is_seen:
+                self.seen.add(rank)
             with contextlib.suppress(OSError):  # full: it is about to wake
                 self._wake.send(b".")  # the thread may be in a select that does not know of it
             self.changed.notify_all()
@@ -219,7 +182,7 @@ class Wires:
             self._selector.register(link, selectors.EVENT_READ, _Peer(link))
 
     def _take(self, peer: _Peer) -> None:
-        """Reads what a connection brought: a greeting, messages, or its end."""
+        """Reads what a connection brought: a greeting, messages (of which the first is a welcome), or its end."""
         try:
             chunk = peer.link.recv(CHUNK)
         except BlockingIOError:
@@ -237,6 +200,7 @@ class Wires:
         with self.changed:
             try:
                 for line in lines:
+                    self.seen.add(peer.rank)
                     self._handle(peer.rank, json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:  # another version of this program
                 self._lose(peer, f"it sent what cannot be read ({error})")
@@ -245,12 +209,13 @@ class Wires:
             self.changed.notify_all()
 
     def _greet(self, peer: _Peer, line: bytes) -> bool:
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OSError):  # it may have ended again
             greeting = json.loads(line)
             rank = greeting["rank"]
             known = rank in {card.rank for card in self.cards if card.rank > self.rank} - self.peers.keys()
             if known and secrets.compare_digest(greeting["secret"], self.listener.card.secret):
-                self._admit(peer, rank)
+                self._admit(peer, rank, is_seen=True)
+                self.send(rank, -1, {"kind": "welcome"})
                 return True
         return False
 
@@ -260,7 +225,9 @@ class Wires:
             self.lost.setdefault(sender, Lost("left the group", told))
         elif message["epoch"] in self._handlers:
             self._handlers[message["epoch"]](sender, message)
-        else:
+        elif message["kind"] == "ask":  # of a rank that is not yet anywhere
+            self.send(sender, message["epoch"], {"kind": "say", "number": message["number"], "standing": {}})
+        elif message["kind"] != "welcome":
             self._early.setdefault(message["epoch"], []).append((sender, message))
 
     def _lose(self, peer: _Peer, why: str) -> None:

@@ -92,6 +92,7 @@ def test_a_trace_a_load_and_a_config(run: Run, tmp_path: Path) -> None:
         (["--hierarchy", "tree"], 1, "--hierarchy must be one of flat, node, ring, plain"),
         (["--wire", "fp4"], 1, "--wire must be one of bf16, fp8"),
         (["--placement", "odd"], 1, "--placement must be one of contiguous, balanced"),
+        (["--spare", "2"], 1, "--spare is of balanced placements"),
         (["--tokens", "0"], 2, "'--tokens'"),
         (["--tokens", "1000000"], 1, "choices to count"),
         (["--skew", "nan"], 1, "skew must be in 0..10"),
@@ -170,6 +171,8 @@ def test_a_rank_writes_the_rates(run: Run, tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "rates.json"
     code, out, err = run("plan", "--calibrate", str(path))
     assert (code, out, err) == (0, "", f"written: {path}\n")
+    code, out, _ = run("plan", "--calibrate", str(path), "--json")
+    assert code == 0 and out.count("\n") == 1 and json.loads(out) == json.loads(path.read_text())
     found = Cluster.from_json(json.loads(path.read_text()))
     assert (found.name, found.ranks_per_node, found.processor.ranks) == ("measured-1x1", 1, 1)
     code, out, _ = run("plan", *SMALL, "--cluster", str(path), "--set", "ranks_per_node=8", "--json")

@@ -31,7 +31,8 @@ EMULATED = (2048, 4096, 7168), (512, 4096)  # hidden sizes and tokens a rank
 ONE_MACHINE = (2048, 7168), (8, 512)
 BUDGET_S = 30.0  # of a case's rounds, unless five take longer
 SHOWN = ("case", "ratio", "rows_speedup", "internode_bytes", "internode_bytes_minimum", "hidden_fraction",
-         "hidden_fraction_of_cores", "saved_fraction", "compute_to_communication", "us")  # fmt: skip
+         "hidden_fraction_of_busiest", "hidden_fraction_of_cores", "saved_fraction", "compute_to_communication",
+         "compute_to_plain", "us")  # fmt: skip
 
 
 def exchange(
@@ -70,6 +71,9 @@ def exchange(
     from crossdock.cli.runtime import join_ranks
 
     with join_ranks(device, "auto", timeout) as runtime:
+        if runtime.transport.name != "torch":
+            found = f"found {runtime.group.world_size} of them on transport {runtime.transport.name!r}"
+            raise ConfigError(f"bench exchange compares ranks that torchrun or this command itself started; {found}")
         default = EMULATED if runtime.group.topology.num_nodes > 1 else ONE_MACHINE
         chosen = list(product(hidden or default[0], tokens or default[1], routing or ROUTINGS))
         result = _measure(runtime, chosen, expert_size, rounds, shares_memory=emulate is not None)
@@ -162,7 +166,7 @@ def _free_bytes() -> int:
 
 def _row(case: "Case", found: "Found") -> dict[str, Any]:
     """One line of the result."""
-    from crossdock.cli.bench.exchange_case import CHUNKS, TOP_K
+    from crossdock.cli.bench.exchange_case import TOP_K
 
     took = {name: median(times) for name, times in found.times.items()}
     row: dict[str, Any] = {"case": str(case), "hidden": case.hidden, "tokens_per_rank": case.tokens}
@@ -175,7 +179,7 @@ def _row(case: "Case", found: "Found") -> dict[str, Any]:
         row[f"internode_bytes_minimum{name}"] = found.minimum[wire]
         row[f"internode_metadata_bytes{name}"] = found.metadata[wire]
         row[f"hidden_fraction{name}"] = found.hidden[wire]
-        row[f"hidden_fraction_in_{CHUNKS}_chunks{name}"] = found.hidden_in_chunks[wire]
+        row[f"hidden_fraction_of_busiest{name}"] = found.hidden_of_busiest[wire]
         row[f"hidden_fraction_of_cores{name}"] = found.hidden_of_cores[wire]
         row[f"arrivals_seen_at_the_wait_only{name}"] = found.unseen[wire]
         row[f"busy_cores{name}"] = found.busy[wire]

@@ -32,7 +32,6 @@ from crossdock.routing import Routing
 from crossdock.simulate import rank_choices
 
 EXPERTS, TOP_K = 64, 8
-CHUNKS = 8  # in which all but a fourteenth of the traffic can hide; fewer may be faster and hide less
 TOLERANCE = {"plain": 0.01, "bf16": 0.01, "fp8": 0.08}  # of the largest value: sums in bfloat16, e4m3 has 3 bits
 # Of a token's result as a vector. One wrong expert of eight, whose results are alike in size and otherwise unrelated,
 # changes it by about sqrt(2 / 8) = 0.5, and by 0.2 at least in layers as small as 128 by 32; sums in bfloat16 change it
@@ -67,11 +66,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire, and
-    in CHUNKS; unseen: flights of those calls whose arrival was seen no sooner than at the wait, which makes the parts
-    too large; hidden_of_cores: the same by core. chunks: how many a layer took in most rounds, by the name of its time,
-    and in how many portions the first of them came (`crossdock.comm.legs`). busy: processor cores at work in a layer,
-    over all ranks and on average.
+    """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire;
+    hidden_of_busiest: the same of the rank with most work, which others wait for whatever the links; hidden_of_cores:
+    by core. unseen: flights whose arrival was seen no sooner than at the wait, which makes the parts too large. chunks:
+    how many a layer took in most rounds, by the name of its time, and in how many portions the first of them came
+    (`crossdock.comm.legs`). busy: processor cores at work in a layer, over all ranks and on average.
 
     crossed, minimum: bytes of rows between nodes in one exchange, there and back, over all ranks, by form; the minimum
     is each (token, node) pair once. metadata: bytes of integers and weights beside them.
@@ -79,7 +78,7 @@ class Found:
 
     times: dict[str, list[float]]
     hidden: dict[str, float | None]
-    hidden_in_chunks: dict[str, float | None]
+    hidden_of_busiest: dict[str, float | None]
     hidden_of_cores: dict[str, float | None]
     unseen: dict[str, int]
     busy: dict[str, float]
@@ -124,16 +123,6 @@ class Ours:
         inbound = dispatcher.dispatch(x_TD, dispatcher.plan(routing.expert_ids_TK, routing.weights_TK))
         out_RD = inbound.decoded().in_order().rows_RD
         return dispatcher.combine(out_RD, routing.weights_TK, inbound)
-
-    def in_chunks(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """`whole` in CHUNKS, whether or not these are fastest."""
-        pipeline = self.layer.pipeline
-        before = pipeline.chunks, pipeline.pace
-        pipeline.chunks, pipeline.pace = CHUNKS, None
-        try:
-            return self.whole(x_TD, routing)
-        finally:
-            pipeline.chunks, pipeline.pace = before
 
     def whole(self, x_TD: Tensor, routing: Routing) -> Tensor:
         self.chosen.routing = routing
@@ -200,13 +189,12 @@ class Contenders:
         rounds_taken = len(times["plain"])
         most = {f"{wire} layer": mode(ours.chunks[-rounds_taken:]) for wire, ours in self.ours.items()}
         chunks, portions = ({name: taken[at] for name, taken in most.items()} for at in (0, 1))
-        flights = {wire: self._flights(ours, ours.whole, x_TD, routing) for wire, ours in self.ours.items()}
-        divided = {wire: self._flights(ours, ours.in_chunks, x_TD, routing) for wire, ours in self.ours.items()}
-        unseen = {wire: flights[wire]["unseen"] + divided[wire]["unseen"] for wire in self.ours}
+        flights = {wire: self._flights(ours, x_TD, routing) for wire, ours in self.ours.items()}
+        unseen = {wire: total["unseen"] for wire, total in flights.items()}
         busy = {wire: total["worked"] / total["took"] * self.transport.world_size for wire, total in flights.items()}
         each = min(cores() / self.ranks_here, torch.get_num_threads()) if self.device.type == "cpu" else None
         by_core = {w: each and hidden_by_core(each, t["took"], t["worked"], t["flown"]) for w, t in flights.items()}
-        hidden = _hidden(flights), _hidden(divided), by_core
+        hidden = _hidden(flights), _hidden(flights, " of busiest"), by_core
         return Found(times, *hidden, unseen, busy, chunks, portions, crossed, minimum, metadata)
 
     def _bytes(self, routing: Routing) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
@@ -262,27 +250,29 @@ class Contenders:
         gathered = self.transport.all_gather(list(found.values()), "bench bytes")
         return dict(zip(found, map(sum, zip(*gathered, strict=True)), strict=True))
 
-    def _flights(self, ours: Ours, form: Form, x_TD: Tensor, routing: Routing) -> dict[str, int]:
-        """Of a second call of the form, summed over the ranks: nanoseconds in which rows were in flight, of these those
-        in which their rank waited, and flights whose arrival was only seen at the wait; and nanoseconds that the call
-        took, and for which any core worked for it."""
-        form(x_TD, routing)
+    def _flights(self, ours: Ours, x_TD: Tensor, routing: Routing) -> dict[str, int]:
+        """Of a second call, summed over the ranks: nanoseconds in which rows were in flight, of these those in which
+        their rank waited, and flights whose arrival was only seen at the wait; and nanoseconds that the call took, and
+        for which any core worked for it. The same of the rank with most work, " of busiest"."""
+        ours.whole(x_TD, routing)
         self.transport.all_gather([0], "bench start")
         ours.recorder.clear()
         ours.recorder.paused = False
         began_s, began_work_s = time.perf_counter(), time.process_time()
-        form(x_TD, routing)
+        ours.whole(x_TD, routing)
         took_s, worked_s = time.perf_counter() - began_s, time.process_time() - began_work_s
         ours.recorder.paused = True
-        told = ours.recorder.told()
-        flown, seen = flown_and_seen(told["in_flight"], told["waiting"])
+        saw = ours.recorder.told()
+        flown, seen = flown_and_seen(saw["in_flight"], saw["waiting"])
         found_s = {"flown": flown, "seen": seen, "took": took_s, "worked": worked_s}
-        found = {name: round(seconds * 1e9) for name, seconds in found_s.items()}
-        return self._total(found | {"unseen": told["seen_at_wait"]})
+        found = {name: round(seconds * 1e9) for name, seconds in found_s.items()} | {"unseen": saw["seen_at_wait"]}
+        told = self.transport.all_gather(list(found.values()), "bench flights")
+        busiest = max((dict(zip(found, values, strict=True)) for values in told), key=lambda rank: rank["worked"])
+        return self._total(found) | {f"{name} of busiest": value for name, value in busiest.items()}
 
 
-def _hidden(flights: dict[str, dict[str, int]]) -> dict[str, float | None]:
-    return {wire: hidden_fraction([(total["flown"], total["seen"])]) for wire, total in flights.items()}
+def _hidden(flights: dict[str, dict[str, int]], whose: str = "") -> dict[str, float | None]:
+    return {wire: hidden_fraction([(found[f"flown{whose}"], found[f"seen{whose}"])]) for wire, found in flights.items()}
 
 
 def choose(case: Case, rank: int, device: torch.device) -> Routing:

@@ -1,14 +1,14 @@
 """How large `bench exchange` makes its experts: as long at work beside the traffic, here, as on a real cluster.
 
 There a rank does 704e12 operations a second in bfloat16 (torch's F.grouped_mm in prefill on an H200, pytorch#156203)
-behind 45e9 bytes a second (a 400 Gb/s adapter each): 15600 operations a byte, and DeepSeek-V3's experts have F = 2048. A
-row has 6 * D * F operations and 4 * D bytes there and back, so experts that have f operations a byte behind them take as
-long beside their traffic with F = 2048 * f / 15600. Four ranks on two cores with 97e9 operations a second each, and a
-link of 94 MB/s for two of them, have 2060: F = 270.
+behind 45e9 bytes a second (a 400 Gb/s adapter each): 15600 operations a byte, and DeepSeek-V3's experts have F = 2048.
+A row has 6 * D * F operations and 4 * D bytes there and back, so experts that have f operations a byte behind them take
+as long beside their traffic with F = 2048 * f / 15600. Four ranks on two cores with 97e9 operations a second each, and
+a link of 94 MB/s for two of them, have 2060: F = 270.
 
 Where half of the rows cross, as between two nodes, products take 6 * 2048 / 704e12 / (4 * 0.5 / 45e9) = 0.39 of the
-plain form's time on its link, and 0.22 in FP8 (1250e12, DeepGEMM on an H800): `compute_to_plain` in the result says what
-they took of all of its time. A GPU is what it is, and has experts of 2048.
+plain form's time on its link, and 0.22 in FP8 (1250e12, DeepGEMM on an H800): `compute_to_plain` in the result says
+what they took of all of its time. A GPU is what it is, and has experts of 2048.
 
 Legend: L slots a rank, D hidden, R rows by slot.
 """

@@ -1,0 +1,105 @@
+"""`connect_all`: wires from every rank to every other, and who is to blame where some do not come about.
+
+    card of rank r: host name, address and port it listens at, a secret      every rank knows every card
+    rank r dials the ranks below it, and accepts those above, who show its secret; whom it accepts it welcomes
+
+That a connection stands says nothing: the system makes it for a process that is stopped, or still on its way here. A
+rank is there once it has said something. A rank may have been there and be stopped since, and others that have not come
+may be waiting for it: so nobody is named before all who are connected have been asked.
+"""
+
+import json
+import socket
+import time
+from collections.abc import Sequence
+
+from crossdock.parallel.meeting import Card, Listener
+from crossdock.parallel.standing import ANSWER_S, SETTLE_S, Failure, name_ranks
+from crossdock.parallel.wires import Wires
+
+LONGEST_DIAL_S = 10.0  # the handshake's third repetition comes after 7 s
+
+
+def connect_all(
+    listener: Listener, cards: Sequence[Card], toward: str, deadline: float, keeper: int | None = None
+) -> Wires:
+    """Wires to the ranks of all `cards`; `toward` is a host that every rank reaches, `deadline` monotonic.
+
+    `keeper` is the rank whose process keeps the store in which cards are exchanged, where it is one of them: others
+    that are missing may still wait for its answer. Raises RankFailure naming those who are not there by then, or who
+    have ended, and tells those who are; and what another rank has found out before.
+    """
+    wires = Wires(listener, cards, toward)
+    try:
+        refused = _dial_all(wires, deadline)
+        failure = _missing(wires, refused, keeper, deadline)
+        if failure is not None:
+            for rank in list(wires.peers):
+                wires.send(rank, 0, {"kind": "fail", "failure": failure.told()})
+            raise failure.error(wires.rank, "init")
+    except BaseException:
+        wires.close()
+        raise
+    wires.accept_no_more()
+    return wires
+
+
+def _missing(wires: Wires, refused: set[int], keeper: int | None, deadline: float) -> Failure | None:
+    """Why not everyone is there, when there is something to wait for no more; None where all are."""
+    everyone = {card.rank for card in wires.cards} - {wires.rank}
+
+    def is_decided() -> bool:
+        return everyone <= wires.seen or wires.told()[0] is not None
+
+    with wires.changed:
+        left = max(0.0, deadline - time.monotonic())
+        wires.changed.wait_for(lambda: is_decided() or bool(refused or wires.lost), left)
+        wires.changed.wait_for(is_decided, SETTLE_S)  # one that ended may have said why, another may have found more
+        if everyone <= wires.seen:
+            return None
+        asked = wires.peers.keys() - wires.lost.keys()
+        for rank in asked:
+            wires.send(rank, 0, {"kind": "ask", "number": 0})
+        wires.changed.wait_for(lambda: wires.told()[0] or asked <= wires.told()[1] | wires.lost.keys(), ANSWER_S)
+        told, answered = wires.told()
+        silent = asked - answered - wires.lost.keys()
+        gone = refused | wires.lost.keys() | silent or everyone - wires.seen
+    named = tuple(sorted(gone & {keeper} or gone))
+    return told or Failure("silent", named, f"{name_ranks(named)} came, and was not seen again", wires.rank)
+
+
+def _dial_all(wires: Wires, deadline: float) -> set[int]:
+    """Connects to the ranks below; returns who could not be reached.
+
+    One that does not answer takes its share of the time left and is dialled again after the others: they would take
+    this rank for lost if it never came to dial them.
+    """
+    refused: set[int] = set()
+    cards = [card for card in wires.cards if card.rank < wires.rank]
+    while cards:
+        again = []
+        for number, card in enumerate(cards):
+            share = (deadline - time.monotonic()) / (len(cards) - number + 1)
+            if share <= 0:
+                again.append(card)
+                continue
+            try:
+                wires.admit(_dial(wires, card, min(max(0.1, share), LONGEST_DIAL_S)), card.rank)
+            except TimeoutError:
+                again.append(card)
+            except OSError:
+                refused.add(card.rank)
+        if time.monotonic() + 0.1 >= deadline:
+            return refused | {card.rank for card in again}
+        cards = again
+    return refused
+
+
+def _dial(wires: Wires, card: Card, wait_s: float) -> socket.socket:
+    link = socket.create_connection((wires.address(card), card.port), timeout=wait_s)
+    try:
+        link.sendall(json.dumps({"rank": wires.rank, "secret": card.secret}).encode() + b"\n")
+    except OSError:
+        link.close()
+        raise
+    return link
