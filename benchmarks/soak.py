@@ -26,9 +26,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch writes pages abou
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before kernels are defined
-
 from benchmarks.soak_rank import POINTS, Trial
 from benchmarks.soak_start import be_rank
 from benchmarks.soak_trial import Outcome, run_trial
