@@ -25,9 +25,9 @@ def connect_all(
 ) -> Wires:
     """Wires to the ranks of all `cards`; `toward` is a host that every rank reaches, `deadline` monotonic.
 
-    `keeper` is the rank whose process keeps the store in which cards are exchanged, where it is one of them: others
-    that are missing may still wait for its answer. Raises RankFailure naming those who are not there by then, or who
-    have ended, and tells those who are; and what another rank has found out before.
+    `keeper` is the rank, if any, whose process may keep the store in which cards are exchanged: others that are missing
+    may still wait for its answer. Raises RankFailure naming those who are not there by then, or who have ended, and
+    tells those who are; and what another rank has found out before.
     """
     wires = Wires(listener, cards, toward)
     try:
@@ -45,16 +45,19 @@ def connect_all(
 
 
 def _missing(wires: Wires, refused: set[int], keeper: int | None, deadline: float) -> Failure | None:
-    """Why not everyone is there, when there is something to wait for no more; None where all are."""
+    """Why not everyone is there, when there is nobody left to wait for; None where all are.
+
+    A rank that has ended ends the wait only with the last of the others: who leaves early is not there to tell them.
+    """
     everyone = {card.rank for card in wires.cards} - {wires.rank}
 
-    def is_decided() -> bool:
-        return everyone <= wires.seen or wires.told()[0] is not None
+    def ended() -> set[int]:  # not who has been here and gone in good order: what else there was to say it has said
+        return refused | {r for r, lost in wires.lost.items() if lost.told is None or r not in wires.seen}
 
     with wires.changed:
         left = max(0.0, deadline - time.monotonic())
-        wires.changed.wait_for(lambda: is_decided() or bool(refused or wires.lost), left)
-        wires.changed.wait_for(is_decided, SETTLE_S)  # one that ended may have said why, another may have found more
+        wires.changed.wait_for(lambda: wires.told()[0] or everyone <= wires.seen | ended(), left)
+        wires.changed.wait_for(lambda: wires.told()[0] or everyone <= wires.seen, SETTLE_S)  # what was on its way
         if everyone <= wires.seen:
             return None
         asked = wires.peers.keys() - wires.lost.keys()
@@ -62,14 +65,15 @@ def _missing(wires: Wires, refused: set[int], keeper: int | None, deadline: floa
             wires.send(rank, 0, {"kind": "ask", "number": 0})
         wires.changed.wait_for(lambda: wires.told()[0] or asked <= wires.told()[1] | wires.lost.keys(), ANSWER_S)
         told, answered = wires.told()
-        silent = asked - answered - wires.lost.keys()
-        gone = refused | wires.lost.keys() | silent or everyone - wires.seen
+        gone = ended() | (asked - answered - wires.lost.keys()) or everyone - wires.seen
+    if told is not None or not gone:
+        return told
     named = tuple(sorted(gone & {keeper} or gone))
-    return told or Failure("silent", named, f"{name_ranks(named)} came, and was not seen again", wires.rank)
+    return Failure("silent", named, f"{name_ranks(named)} came, and was not seen again", wires.rank)
 
 
 def _dial_all(wires: Wires, deadline: float) -> set[int]:
-    """Connects to the ranks below; returns who could not be reached.
+    """Connects to the ranks below; returns who refused.
 
     One that does not answer takes its share of the time left and is dialled again after the others: they would take
     this rank for lost if it never came to dial them.
@@ -80,17 +84,14 @@ def _dial_all(wires: Wires, deadline: float) -> set[int]:
         again = []
         for number, card in enumerate(cards):
             share = (deadline - time.monotonic()) / (len(cards) - number + 1)
-            if share <= 0:
-                again.append(card)
-                continue
             try:
                 wires.admit(_dial(wires, card, min(max(0.1, share), LONGEST_DIAL_S)), card.rank)
             except TimeoutError:
                 again.append(card)
             except OSError:
                 refused.add(card.rank)
-        if time.monotonic() + 0.1 >= deadline:
-            return refused | {card.rank for card in again}
+        if time.monotonic() + 0.1 >= deadline or wires.told()[0] is not None:
+            break
         cards = again
     return refused
 

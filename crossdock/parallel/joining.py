@@ -109,7 +109,7 @@ def _become(
 ) -> tuple[Bond, Topology]:
     """A group of the ranks that `arrive` meets, whose process group `start` makes; nothing is left open by an error.
 
-    `host` is where the store is, `keeper` the rank among these whose process it is in, if it is.
+    `host` is where the store is, `keeper` the rank among these, if any, whose process it may be in.
     """
     listener = Listener(rank, host)
     try:

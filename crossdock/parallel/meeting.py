@@ -201,7 +201,7 @@ def _follow(store: Store, mine: Arrival, deadline: float, timeout_s: float) -> t
     missing = set(range(1, mine.world_size)) - came
     text = _missing(missing, timeout_s)
     if verdict is not None or not missing:
-        text = f"rank 0 did not let rank {mine.card.rank} in within {timeout_s:g} s"
+        text = f"rank 0 did not let all ranks in within {timeout_s:g} s"
     inside.set(GAVE_UP, text)
     return inside, Verdict((), "CommTimeout", text)
 

@@ -110,9 +110,9 @@ class Wires:
         peer.link.setblocking(False)
         peer.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _keep_alive(peer.link)
-        self._selector.register(peer.link, selectors.EVENT_READ, peer)
-        with self.changed:  # who waits for the last to come may close at once
+        with self.changed:  # who waits for the last to come may close at once; what comes first may ask for an answer
             self.peers[rank] = peer
+            self._selector.register(peer.link, selectors.EVENT_READ, peer)
             if is_seen:
                 self.seen.add(rank)
             with contextlib.suppress(OSError):  # full: it is about to wake

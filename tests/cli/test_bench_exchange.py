@@ -26,6 +26,7 @@ from crossdock.routing import Routing
 from crossdock.simulate import Cluster, Processor
 from crossdock.simulate import Link as Wire
 from crossdock.simulate.check import check
+from tests.cli.conftest import Run
 from tests.launch import RankError, Ranks
 
 CPU = torch.device("cpu")
@@ -195,6 +196,14 @@ def test_cases_without_memory_for_them_are_left_out(ranks_of_two: Ranks) -> None
     assert ranks_of_two.run(fitting, 10_000_000) == [([small], [large])] * 2
     with pytest.raises(RankError, match=r"no case fits into memory: .*needs about 0\.2 GB, and 0\.0 GB are free"):
         ranks_of_two.run(fitting, 1000)
+
+
+def test_ranks_without_torchs_all_to_all_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank of a launcher, as ranks of mpiexec, has nothing to compare with."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = run("bench", "exchange")
+    assert (code, out) == (1, "") and "found 1 of them on transport 'local'" in err and err.count("\n") == 1
 
 
 def test_an_emulated_cluster_from_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:

@@ -163,14 +163,15 @@ def test_a_connection_that_nobody_reads_is_not_a_rank() -> None:
     assert init_of(2, [zero, Pretender(1)], keeper=None)[0] == f"rank 2: init: rank 0 {missed}"
 
 
+@pytest.mark.parametrize("keeper", [0, None])
 @pytest.mark.parametrize("ends", [False, True])
-def test_who_was_there_and_is_no_more_is_named_before_who_waits_for_it(ends: bool) -> None:
+def test_who_was_there_and_is_no_more_is_named_before_who_waits_for_it(ends: bool, keeper: int | None) -> None:
     """Rank 0 welcomes rank 1 and is stopped, or ends; rank 2 never gets its cards."""
     zero, two, is_over = Pretender(0), Pretender(2, reads=False), Event()
 
     def fail() -> None:
         assert zero.wires is not None and until(zero.wires, lambda: 1 in zero.wires.seen)  # type: ignore[union-attr]
-        time.sleep(0.2)  # the welcome is on its way
+        time.sleep(0.5)  # the welcome is on its way
         if ends:
             zero.wires.peers[1].link.shutdown(socket.SHUT_RDWR)
         else:
@@ -179,11 +180,36 @@ def test_who_was_there_and_is_no_more_is_named_before_who_waits_for_it(ends: boo
 
     failing = Thread(target=fail)
     failing.start()
-    text, took_s = init_of(1, [zero, two], 60.0 if ends else 1.0)
+    text = init_of(1, [zero, two], 3.0, keeper)[0]
     is_over.set()
     failing.join()
     assert text == "rank 1: init: rank 0 came, and was not seen again"
-    assert took_s < 5.0  # an end is found when it happens
+
+
+def test_all_others_accounted_for_the_wait_is_over() -> None:
+    """Rank 0 has ended, and so has rank 1, which could not go on without the store there."""
+    zero, one = (Pretender(rank, reads=False) for rank in range(2))
+    for gone in (zero, one):
+        gone.listener.socket.close()
+    text, took_s = init_of(2, [zero, one], 60.0)
+    assert text == "rank 2: init: rank 0 came, and was not seen again" and took_s < 5.0
+
+
+def test_who_answers_when_asked_is_no_more_missing() -> None:
+    """Rank 0 was busy until after the deadline."""
+    zero, listener, is_over = Pretender(0), Listener(1, "127.0.0.1"), Event()
+    assert zero.wires is not None
+    zero.wires.cards = cards = [zero.listener.card, listener.card]
+
+    def be_busy() -> None:
+        with zero.stopped():
+            is_over.wait(1.5)
+
+    busy = Thread(target=be_busy)
+    busy.start()
+    connected = connect_all(listener, cards, "127.0.0.1", time.monotonic() + 0.5, 0)
+    assert connected.seen == {0} and busy.join() is None  # type: ignore[func-returns-value]
+    connected.close()
 
 
 def test_a_rank_that_still_waits_for_others_says_that_it_is_there() -> None:

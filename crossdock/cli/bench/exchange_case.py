@@ -67,7 +67,7 @@ class Case:
 @dataclass(frozen=True)
 class Found:
     """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire;
-    hidden_of_busiest: the same of the rank with most work, which others wait for whatever the links; hidden_of_cores:
+    hidden_of_busiest: the same of the rank with most rows, which others wait for whatever the links; hidden_of_cores:
     by core. unseen: flights whose arrival was seen no sooner than at the wait, which makes the parts too large. chunks:
     how many a layer took in most rounds, by the name of its time, and in how many portions the first of them came
     (`crossdock.comm.legs`). busy: processor cores at work in a layer, over all ranks and on average.
@@ -253,7 +253,11 @@ class Contenders:
     def _flights(self, ours: Ours, x_TD: Tensor, routing: Routing) -> dict[str, int]:
         """Of a second call, summed over the ranks: nanoseconds in which rows were in flight, of these those in which
         their rank waited, and flights whose arrival was only seen at the wait; and nanoseconds that the call took, and
-        for which any core worked for it. The same of the rank with most work, " of busiest"."""
+        for which any core worked for it. The same of the rank with most rows, " of busiest"."""
+        sent_W = (
+            (routing.expert_ids_TK // self.slots_per_rank).reshape(-1).bincount(minlength=self.transport.world_size)
+        )
+        rows = list(map(sum, zip(*self.transport.all_gather(sent_W.tolist(), "bench rows"), strict=True)))
         ours.whole(x_TD, routing)
         self.transport.all_gather([0], "bench start")
         ours.recorder.clear()
@@ -262,13 +266,12 @@ class Contenders:
         ours.whole(x_TD, routing)
         took_s, worked_s = time.perf_counter() - began_s, time.process_time() - began_work_s
         ours.recorder.paused = True
-        saw = ours.recorder.told()
-        flown, seen = flown_and_seen(saw["in_flight"], saw["waiting"])
+        told = ours.recorder.told()
+        flown, seen = flown_and_seen(told["in_flight"], told["waiting"])
         found_s = {"flown": flown, "seen": seen, "took": took_s, "worked": worked_s}
-        found = {name: round(seconds * 1e9) for name, seconds in found_s.items()} | {"unseen": saw["seen_at_wait"]}
-        told = self.transport.all_gather(list(found.values()), "bench flights")
-        busiest = max((dict(zip(found, values, strict=True)) for values in told), key=lambda rank: rank["worked"])
-        return self._total(found) | {f"{name} of busiest": value for name, value in busiest.items()}
+        found = {name: round(seconds * 1e9) for name, seconds in found_s.items()} | {"unseen": told["seen_at_wait"]}
+        busiest = self.transport.all_gather(list(found.values()), "bench flights")[rows.index(max(rows))]
+        return self._total(found) | {f"{name} of busiest": n for name, n in zip(found, busiest, strict=True)}
 
 
 def _hidden(flights: dict[str, dict[str, int]], whose: str = "") -> dict[str, float | None]:
