@@ -178,11 +178,12 @@ def _row(case: "Case", found: "Found") -> dict[str, Any]:
         row[f"internode_bytes{name}"] = found.crossed[wire]
         row[f"internode_bytes_minimum{name}"] = found.minimum[wire]
         row[f"internode_metadata_bytes{name}"] = found.metadata[wire]
-        row[f"hidden_fraction{name}"] = found.hidden[wire]
-        row[f"hidden_fraction_of_busiest{name}"] = found.hidden_of_busiest[wire]
-        row[f"hidden_fraction_of_cores{name}"] = found.hidden_of_cores[wire]
-        row[f"arrivals_seen_at_the_wait_only{name}"] = found.unseen[wire]
-        row[f"busy_cores{name}"] = found.busy[wire]
+        flights = found.flights[wire]
+        row[f"hidden_fraction{name}"] = flights.hidden
+        row[f"hidden_fraction_of_busiest{name}"] = flights.hidden_of_busiest
+        row[f"hidden_fraction_of_cores{name}"] = flights.hidden_of_cores
+        row[f"arrivals_seen_at_the_wait_only{name}"] = flights.unseen
+        row[f"busy_cores{name}"] = flights.busy
         # of the exchange's time, what the layer does not take beyond the time of its products
         row[f"saved_fraction{name}"] = (took[wire] + took["experts"] - took[f"{wire} layer"]) / took[wire]
     row["chunks"], row["portions"] = found.chunks, found.portions

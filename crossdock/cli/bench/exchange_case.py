@@ -7,7 +7,6 @@ by what the plain layer gives, token by token.
 Legend: T tokens a rank, D hidden, E experts, K experts per token, L slots a rank, F inner size of an expert.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mode
@@ -18,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from crossdock.cli.bench.counted import Counted, crossings
+from crossdock.cli.bench.flights import Flights, watch_flights
 from crossdock.cli.bench.plain_exchange import Trip, plain_combine, plain_dispatch
 from crossdock.cli.bench.timing import compare_ranks
 from crossdock.cli.launch import cores
 from crossdock.comm import DispatchPlan, Inbound, Transport
 from crossdock.errors import CrossdockError
 from crossdock.moe import ExchangeConfig, MoEConfig, MoELayer
-from crossdock.moe.intervals import flown_and_seen, hidden_by_core, hidden_fraction
 from crossdock.moe.trace import DeviceClock, HostClock, Recorder, Watched
 from crossdock.moe.wire import Fp8Wire
 from crossdock.parallel import EPGroup, ExpertPlacement
@@ -66,22 +65,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """times: seconds of each form in each round. hidden: part of the traffic that a layer's products hide, by wire;
-    hidden_of_busiest: the same of the rank with most rows, which others wait for whatever the links; hidden_of_cores:
-    by core. unseen: flights whose arrival was seen no sooner than at the wait, which makes the parts too large. chunks:
-    how many a layer took in most rounds, by the name of its time, and in how many portions the first of them came
-    (`crossdock.comm.legs`). busy: processor cores at work in a layer, over all ranks and on average.
+    """times: seconds of each form in each round. flights: of a layer's rows, by wire. chunks: how many a layer took in
+    most rounds, by the name of its time, and in how many portions the first of them came (`crossdock.comm.legs`).
 
     crossed, minimum: bytes of rows between nodes in one exchange, there and back, over all ranks, by form; the minimum
     is each (token, node) pair once. metadata: bytes of integers and weights beside them.
     """
 
     times: dict[str, list[float]]
-    hidden: dict[str, float | None]
-    hidden_of_busiest: dict[str, float | None]
-    hidden_of_cores: dict[str, float | None]
-    unseen: dict[str, int]
-    busy: dict[str, float]
+    flights: dict[str, Flights]
     chunks: dict[str, int]
     portions: dict[str, int]
     crossed: dict[str, int]
@@ -189,13 +181,16 @@ class Contenders:
         rounds_taken = len(times["plain"])
         most = {f"{wire} layer": mode(ours.chunks[-rounds_taken:]) for wire, ours in self.ours.items()}
         chunks, portions = ({name: taken[at] for name, taken in most.items()} for at in (0, 1))
-        flights = {wire: self._flights(ours, x_TD, routing) for wire, ours in self.ours.items()}
-        unseen = {wire: total["unseen"] for wire, total in flights.items()}
-        busy = {wire: total["worked"] / total["took"] * self.transport.world_size for wire, total in flights.items()}
+        sent_W = torch.bincount(
+            (routing.expert_ids_TK // self.slots_per_rank).reshape(-1), minlength=self.group.world_size
+        )
+        rows = list(map(sum, zip(*self.transport.all_gather(sent_W.tolist(), "bench rows"), strict=True)))
         each = min(cores() / self.ranks_here, torch.get_num_threads()) if self.device.type == "cpu" else None
-        by_core = {w: each and hidden_by_core(each, t["took"], t["worked"], t["flown"]) for w, t in flights.items()}
-        hidden = _hidden(flights), _hidden(flights, " of busiest"), by_core
-        return Found(times, *hidden, unseen, busy, chunks, portions, crossed, minimum, metadata)
+        flights = {}
+        for wire, ours in self.ours.items():
+            call, busiest = _bound(ours.whole, x_TD, routing), rows.index(max(rows))
+            flights[wire] = watch_flights(call, ours.recorder, self.transport, busiest, each)
+        return Found(times, flights, chunks, portions, crossed, minimum, metadata)
 
     def _bytes(self, routing: Routing) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
         """(rows that crossed, rows that must, integers that crossed): bytes by form, of one exchange of each."""
@@ -249,33 +244,6 @@ class Contenders:
         """Summed over the ranks."""
         gathered = self.transport.all_gather(list(found.values()), "bench bytes")
         return dict(zip(found, map(sum, zip(*gathered, strict=True)), strict=True))
-
-    def _flights(self, ours: Ours, x_TD: Tensor, routing: Routing) -> dict[str, int]:
-        """Of a second call, summed over the ranks: nanoseconds in which rows were in flight, of these those in which
-        their rank waited, and flights whose arrival was only seen at the wait; and nanoseconds that the call took, and
-        for which any core worked for it. The same of the rank with most rows, " of busiest"."""
-        sent_W = (
-            (routing.expert_ids_TK // self.slots_per_rank).reshape(-1).bincount(minlength=self.transport.world_size)
-        )
-        rows = list(map(sum, zip(*self.transport.all_gather(sent_W.tolist(), "bench rows"), strict=True)))
-        ours.whole(x_TD, routing)
-        self.transport.all_gather([0], "bench start")
-        ours.recorder.clear()
-        ours.recorder.paused = False
-        began_s, began_work_s = time.perf_counter(), time.process_time()
-        ours.whole(x_TD, routing)
-        took_s, worked_s = time.perf_counter() - began_s, time.process_time() - began_work_s
-        ours.recorder.paused = True
-        told = ours.recorder.told()
-        flown, seen = flown_and_seen(told["in_flight"], told["waiting"])
-        found_s = {"flown": flown, "seen": seen, "took": took_s, "worked": worked_s}
-        found = {name: round(seconds * 1e9) for name, seconds in found_s.items()} | {"unseen": told["seen_at_wait"]}
-        busiest = self.transport.all_gather(list(found.values()), "bench flights")[rows.index(max(rows))]
-        return self._total(found) | {f"{name} of busiest": n for name, n in zip(found, busiest, strict=True)}
-
-
-def _hidden(flights: dict[str, dict[str, int]], whose: str = "") -> dict[str, float | None]:
-    return {wire: hidden_fraction([(found[f"flown{whose}"], found[f"seen{whose}"])]) for wire, found in flights.items()}
 
 
 def choose(case: Case, rank: int, device: torch.device) -> Routing:

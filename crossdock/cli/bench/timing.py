@@ -17,7 +17,7 @@ from crossdock.comm import Transport
 
 ROUND_S = 0.02  # a round repeats a call until it took about this long
 ROUNDS = 9
-RANK_ROUNDS = 5, 60  # fewest and most rounds of calls that several ranks make together
+RANK_ROUNDS = 5, 200  # fewest and most rounds of calls that several ranks make together
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def compare_ranks(
     budget_s: float,
     rounds: int | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of calls that all ranks make, each from a common start until the last rank is through; in turn.
+    """Seconds of calls that all ranks make, each from a common start until the last rank is through; in turn, every
+    other round from last to first, as it matters what was called before.
 
     After a first round that is not counted, as many rounds as `budget_s` has time for, or `rounds`. A collective.
     """
@@ -72,11 +73,11 @@ def compare_ranks(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     turn = -1
     while turn < counted:
-        for name, call in contenders.items():
+        for name in list(contenders)[:: -1 if turn % 2 else 1]:
             transport.all_gather([0], "bench start")
             synchronize(device)
             began = time.perf_counter()
-            call()
+            contenders[name]()
             synchronize(device)
             took_ns = round((time.perf_counter() - began) * 1e9)
             times[name].append(max(values[0] for values in transport.all_gather([took_ns], "bench end")) / 1e9)
