@@ -36,7 +36,7 @@ def plan(
     skew: Annotated[float, typer.Option(help="Popularity of experts is place to the power of -skew.")] = 0.0,
     trace: Annotated[Path | None, typer.Option(help="A .npy or .json of K expert ids a token, or of E loads.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of routing that is drawn.")] = 0,
-    hierarchy: Annotated[Several, typer.Option(help="flat, node, ring or plain (repeatable).")] = None,
+    hierarchy: Annotated[Several, typer.Option(help="flat, node; ring, plain to compare (repeatable).")] = None,
     wire: Annotated[Several, typer.Option(help="bf16 or fp8 (repeatable).")] = None,
     chunks: Annotated[str, typer.Option(help="Numbers of chunks, with commas between.")] = "1,2,4",
     overlap: Annotated[bool, typer.Option(help="Whether chunks travel while others compute.")] = True,
