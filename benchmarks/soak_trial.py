@@ -191,7 +191,7 @@ def _judge_error(outcome: Outcome, event: Event, to_blame: dict[int, float]) -> 
     trial, rank, message = outcome.trial, event["rank"], event["message"]
     say = outcome.problems.append
     if event["kind"] not in (expected := EXPECTED[trial.fault]):
-        say(f"rank {rank} raised {event['kind']}, expected {expected}: {message}")
+        say(f"rank {rank} raised {event['kind']}, expected {' or '.join(expected)}: {message}")
     text = re.sub(r"\(found by rank \d+\)", "", message.removeprefix(f"rank {rank}: "))
     named = set(map(int, re.findall(r"\brank (\d+)", text)))
     if trial.fault in ("other world", "other nodes"):  # names one of each view

@@ -17,6 +17,7 @@ from crossdock.parallel.meeting import Card, Listener
 from crossdock.parallel.standing import ANSWER_S, SETTLE_S, Failure, name_ranks
 from crossdock.parallel.wires import Wires
 
+AGAIN_S = 0.1  # before those are dialled again who were not reached
 LONGEST_DIAL_S = 10.0  # the handshake's third repetition comes after 7 s
 
 
@@ -34,8 +35,7 @@ def connect_all(
         refused = _dial_all(wires, deadline)
         failure = _missing(wires, refused, keeper, deadline)
         if failure is not None:
-            for rank in list(wires.peers):
-                wires.send(rank, 0, {"kind": "fail", "failure": failure.told()})
+            wires.fail(failure)
             raise failure.error(wires.rank, "init")
     except BaseException:
         wires.close()
@@ -51,10 +51,11 @@ def _missing(wires: Wires, refused: set[int], keeper: int | None, deadline: floa
     """
     everyone = {card.rank for card in wires.cards} - {wires.rank}
 
-    def ended() -> set[int]:  # not who has been here and gone in good order: what else there was to say it has said
-        return refused | {r for r, lost in wires.lost.items() if lost.told is None or r not in wires.seen}
+    def ended() -> set[int]:  # not who has gone in good order: what there was to say it has said
+        return refused | {rank for rank, lost in wires.lost.items() if lost.told is None}
 
     with wires.changed:
+        wires.waits = True
         left = max(0.0, deadline - time.monotonic())
         wires.changed.wait_for(lambda: wires.told()[0] or everyone <= wires.seen | ended(), left)
         wires.changed.wait_for(lambda: wires.told()[0] or everyone <= wires.seen, SETTLE_S)  # what was on its way
@@ -83,15 +84,19 @@ def _dial_all(wires: Wires, deadline: float) -> set[int]:
     while cards:
         again = []
         for number, card in enumerate(cards):
+            if wires.told()[0] is not None:
+                return refused
             share = (deadline - time.monotonic()) / (len(cards) - number + 1)
             try:
                 wires.admit(_dial(wires, card, min(max(0.1, share), LONGEST_DIAL_S)), card.rank)
-            except TimeoutError:
-                again.append(card)
-            except OSError:
+            except (ConnectionRefusedError, ConnectionResetError):
                 refused.add(card.rank)
-        if time.monotonic() + 0.1 >= deadline or wires.told()[0] is not None:
+            except OSError:  # of timeouts and of networks that are not up yet
+                again.append(card)
+        if time.monotonic() + AGAIN_S >= deadline:
             break
+        if again:
+            time.sleep(AGAIN_S)
         cards = again
     return refused
 

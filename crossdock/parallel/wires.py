@@ -70,6 +70,8 @@ class Wires:
         self.lost: dict[int, Lost] = {}
         self.peers: dict[int, _Peer] = {}
         self.seen: set[int] = set()  # those of them who have said something
+        self.waits = False  # for ranks that have not said anything yet
+        self._failure: Failure | None = None  # why this rank will not have all connections
         self._handlers: dict[int, Handler] = {}
         self._early: dict[int, list[tuple[int, Message]]] = {}  # messages of an epoch this rank has not come to
         self._selector = selectors.DefaultSelector()
@@ -92,6 +94,13 @@ class Wires:
     def admit(self, link: socket.socket, rank: int) -> None:
         """From now on `link` is the connection to `rank`, who has been dialled."""
         self._admit(_Peer(link), rank, is_seen=False)
+
+    def fail(self, failure: Failure) -> None:
+        """Tells all who are connected, and who connects from now on, why this rank leaves."""
+        with self.changed:
+            self._failure = failure
+            for rank in self.peers:
+                self.send(rank, 0, {"kind": "fail", "failure": failure.told()})
 
     def told(self) -> tuple[Failure | None, set[int]]:
         """What has come before this rank's first handler: the group's failure, and who has said where it stands."""
@@ -214,8 +223,11 @@ class Wires:
             rank = greeting["rank"]
             known = rank in {card.rank for card in self.cards if card.rank > self.rank} - self.peers.keys()
             if known and secrets.compare_digest(greeting["secret"], self.listener.card.secret):
-                self._admit(peer, rank, is_seen=True)
-                self.send(rank, -1, {"kind": "welcome"})
+                with self.changed:
+                    self._admit(peer, rank, is_seen=True)
+                    self.send(rank, -1, {"kind": "welcome"})
+                    if self._failure is not None:
+                        self.send(rank, 0, {"kind": "fail", "failure": self._failure.told()})
                 return True
         return False
 
@@ -225,10 +237,16 @@ class Wires:
             self.lost.setdefault(sender, Lost("left the group", told))
         elif message["epoch"] in self._handlers:
             self._handlers[message["epoch"]](sender, message)
-        elif message["kind"] == "ask":  # of a rank that is not yet anywhere
-            self.send(sender, message["epoch"], {"kind": "say", "number": message["number"], "standing": {}})
+        elif message["kind"] == "ask" and message["epoch"] == 0:
+            standing = {f"start of rank {self.rank}": self._start().told()} if self.waits else {}
+            self.send(sender, message["epoch"], {"kind": "say", "number": message["number"], "standing": standing})
         elif message["kind"] != "welcome":
             self._early.setdefault(message["epoch"], []).append((sender, message))
+
+    def _start(self) -> Place:
+        """Where this rank stands before it is anywhere: it waits for those it has not seen."""
+        unseen = {card.rank for card in self.cards} - self.seen - {self.rank}
+        return Place((self.rank, *sorted(unseen)), turn=1, waiting=1)
 
     def _lose(self, peer: _Peer, why: str) -> None:
         self.lost.setdefault(peer.rank, Lost(why))

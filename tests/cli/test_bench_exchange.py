@@ -14,7 +14,8 @@ from crossdock.cli.bench import expert_size
 from crossdock.cli.bench.cluster import Link, Shape, emulated_cluster, run_on_cluster
 from crossdock.cli.bench.counted import Counted, crossings
 from crossdock.cli.bench.exchange import ROUTINGS, _fitting, _row
-from crossdock.cli.bench.exchange_case import Case, Contenders, Ours, choose
+from crossdock.cli.bench.exchange_case import Case, Contenders, Found, Ours, choose
+from crossdock.cli.bench.flights import Flights
 from crossdock.cli.bench.links import Links
 from crossdock.cli.bench.plain_exchange import plain_combine, plain_dispatch
 from crossdock.cli.runtime import Runtime
@@ -119,7 +120,7 @@ def test_a_case_on_one_node(ranks_of_two: Ranks) -> None:
         for wire in ("bf16", "fp8"):
             assert row[f"exchange_speedup_{wire}"] == pytest.approx(times["plain"] / times[wire])
             assert row[f"speedup_{wire}"] == pytest.approx(times["plain layer"] / times[f"{wire} layer"])
-        assert 0.02 < row["rows_speedup"] * times["rows"] / times["plain rows"] < 50, "by round, of two"
+        assert row["rows_speedup"] > 0
         assert row["internode_bytes"] == row["internode_bytes_minimum"] == 0
         assert 0 < row["busy_cores"] < 3 and 0 < row["busy_cores_fp8"] < 3, "two ranks, and what moves their rows"
         for name in ("hidden_fraction", "hidden_fraction_of_busiest_fp8", "hidden_fraction_of_cores"):
@@ -147,7 +148,9 @@ def test_experts_are_as_large_as_products_and_links_make_them(ranks_of_two: Rank
     slow, fast = ({"between": {"gbytes_per_s": rate, "us": 1.0}} for rate in (1e-6, 1e6))
     assert {size for size, _ in ranks_of_two.run(sized, slow)} == {2048}
     ((size, why), (other, _)) = ranks_of_two.run(sized, fast | {"inside": {"gbytes_per_s": 1e-6, "us": 1.0}})
-    assert size == other == 64 and why.endswith("e9 operations/s a rank behind 500000000 MB/s"), "two share a link"
+    assert size == other == 64 and why.endswith(
+        "e9 operations/s a rank behind 500000000 MB/s, and this is the least"
+    ), "two share a link"
     assert {size for size, _ in ranks_of_two.run(sized, {"inside": slow["between"]})} == {2048}
     assert ranks_of_two.run(sized, None) == [(2048, "as DeepSeek-V3's")] * 2
 
@@ -196,6 +199,14 @@ def test_cases_without_memory_for_them_are_left_out(ranks_of_two: Ranks) -> None
     assert ranks_of_two.run(fitting, 10_000_000) == [([small], [large])] * 2
     with pytest.raises(RankError, match=r"no case fits into memory: .*needs about 0\.2 GB, and 0\.0 GB are free"):
         ranks_of_two.run(fitting, 1000)
+
+
+def test_the_speed_of_rows_alone_is_the_median_of_the_rounds_ratios() -> None:
+    times = dict.fromkeys(("plain", "bf16", "fp8", "plain layer", "bf16 layer", "fp8 layer", "experts"), [1.0] * 3)
+    times |= {"plain rows": [1.0, 4.0, 9.0], "rows": [2.0, 1.0, 3.0]}
+    flights, sizes = Flights(None, None, None, 0, 1.0), dict.fromkeys(("plain", "bf16", "fp8"), 0)
+    row = _row(Case(128, 4, "random"), Found(times, {"bf16": flights, "fp8": flights}, {}, {}, sizes, sizes, sizes))
+    assert (row["rows_speedup"], row["speedup_fp8"], row["times_us"]["rows"]) == (3.0, 1.0, 2e6)
 
 
 def test_ranks_without_torchs_all_to_all_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,14 @@ def test_blame_follows_a_rank_that_waits_in_a_part() -> None:
     assert found.text.endswith("the last it did was part 2")
 
 
+def test_of_a_start_who_still_dials_is_named_and_not_who_waits_for_it() -> None:
+    """Rank 0 has seen all; ranks 1 and 2 have not yet seen rank 3."""
+    standings: dict[int, Standing | None] = {0: {"init": Place(ALL, 1, 1)}, 3: {}}
+    standings |= {rank: {f"start of rank {rank}": Place((rank, 3), 1, 1)} for rank in (1, 2)}
+    found = verdict(standings, {}, "init", 1)
+    assert (found.kind, found.ranks) == ("late", (3,))
+
+
 def test_a_rank_outside_the_part_is_not_named() -> None:
     """Rank 0 waits in a part; rank 3, outside of it, does nothing and is not asked for."""
     part = (0, 1)

@@ -203,22 +203,28 @@ def test_who_answers_when_asked_is_no_more_missing() -> None:
 
     def be_busy() -> None:
         with zero.stopped():
+            is_busy.set()
             is_over.wait(1.5)
 
-    busy = Thread(target=be_busy)
+    is_busy, busy = Event(), Thread(target=be_busy)
     busy.start()
-    connected = connect_all(listener, cards, "127.0.0.1", time.monotonic() + 0.5, 0)
-    assert connected.seen == {0} and busy.join() is None  # type: ignore[func-returns-value]
+    assert is_busy.wait(WAIT_S)
+    began = time.monotonic()
+    connected = connect_all(listener, cards, "127.0.0.1", began + 0.5, 0)
+    assert connected.seen == {0} and time.monotonic() - began > 1.0
     connected.close()
+    busy.join()
 
 
 def test_a_rank_that_still_waits_for_others_says_that_it_is_there() -> None:
-    with wired(2) as (zero, _):
+    with wired(2) as (zero, one):
         answers: list[object] = []
         zero.on_messages(0, lambda sender, message: answers.append(message))
+        one.cards = [*one.cards, Card(2, "elsewhere", "127.0.0.1", 1, "")]  # who has not come
         zero.send(1, 0, {"kind": "ask", "number": 7})
         assert until(zero, lambda: answers)
-        assert answers == [{"epoch": 0, "kind": "say", "number": 7, "standing": {}}]
+        standing = {"start of rank 1": [[1, 2], 1, 1, []]}
+        assert answers == [{"epoch": 0, "kind": "say", "number": 7, "standing": standing}]
 
 
 def test_what_another_has_found_is_what_a_rank_that_still_waits_raises() -> None:

@@ -45,9 +45,9 @@ def exchange(
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Only so many tokens a rank; repeatable.")] = None,
     routing: Annotated[list[str] | None, typer.Option(help="Only random or only skewed.")] = None,
     expert_size: Annotated[
-        int | None, typer.Option(min=1, help="Inner size; by default as products and links.")
+        int | None, typer.Option(min=1, help="Inner size; by default as products and links ask for.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; as time allows by default, 5 to 60.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; as time allows by default, 6 to 200.")] = None,
     device: Device = None,
     timeout: Annotated[float, typer.Option(help="Longest wait for another rank, in seconds.")] = 120.0,
     plot: Plot = None,

@@ -1,14 +1,14 @@
 """How large `bench exchange` makes its experts: as long at work beside the traffic, here, as on a real cluster.
 
-There a rank does 704e12 operations a second in bfloat16 (torch's F.grouped_mm in prefill on an H200, pytorch#156203)
+There a rank does at most 704e12 operations a second in bfloat16 (torch's F.grouped_mm on an H200, pytorch#156203)
 behind 45e9 bytes a second (a 400 Gb/s adapter each): 15600 operations a byte, and DeepSeek-V3's experts have F = 2048.
 A row has 6 * D * F operations and 4 * D bytes there and back, so experts that have f operations a byte behind them take
 as long beside their traffic with F = 2048 * f / 15600. Four ranks on two cores with 97e9 operations a second each, and
 a link of 94 MB/s for two of them, have 2060: F = 270.
 
 Where half of the rows cross, as between two nodes, products take 6 * 2048 / 704e12 / (4 * 0.5 / 45e9) = 0.39 of the
-plain form's time on its link, and 0.22 in FP8 (1250e12, DeepGEMM on an H800): `compute_to_plain` in the result says
-what they took of all of its time. A GPU is what it is, and has experts of 2048.
+plain form's time on its link, and about 0.2 in FP8 (1214e12 to 1346e12, DeepGEMM on an H800): `compute_to_plain` in the
+result says what they took of all of its time. A GPU is what it is, and has experts of 2048.
 
 Legend: L slots a rank, D hidden, R rows by slot.
 """
@@ -47,8 +47,9 @@ def measured_size(transport: Transport, links: Links | None) -> tuple[int, str]:
     sharers = len(topology.ranks_of_node(topology.node_of_rank[0])) if "between" in links else 1
     link_bytes = links["between" if "between" in links else "inside"]["gbytes_per_s"] * 1e9 / sharers
     operations = products_per_s(transport)
-    why = f"{operations / 1e9:.0f}e9 operations/s a rank behind {link_bytes / 1e6:.0f} MB/s"
-    return proportionate_size(operations, link_bytes), why
+    size = proportionate_size(operations, link_bytes)
+    least = ", and this is the least" if size == STEP else ""
+    return size, f"{operations / 1e9:.0f}e9 operations/s a rank behind {link_bytes / 1e6:.0f} MB/s{least}"
 
 
 def products_per_s(transport: Transport) -> float:

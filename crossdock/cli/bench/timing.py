@@ -17,7 +17,7 @@ from crossdock.comm import Transport
 
 ROUND_S = 0.02  # a round repeats a call until it took about this long
 ROUNDS = 9
-RANK_ROUNDS = 5, 200  # fewest and most rounds of calls that several ranks make together
+RANK_ROUNDS = 6, 200  # fewest and most rounds of calls that several ranks make together
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def compare_ranks(
         turn += 1
         if rounds is None and turn == 0:
             round_s = sum(own[0] for own in times.values())  # the same on all ranks
-            counted = min(max(int(budget_s / round_s), RANK_ROUNDS[0]), RANK_ROUNDS[1])
+            counted = min(max(int(budget_s / round_s / 2) * 2, RANK_ROUNDS[0]), RANK_ROUNDS[1])  # of each order as many
     return {name: own[1:] for name, own in times.items()}
 
 
