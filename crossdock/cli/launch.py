@@ -13,6 +13,7 @@ Linux only and is bound to a thread.
 import contextlib
 import json
 import os
+import secrets
 import select
 import signal
 import socket
@@ -35,6 +36,7 @@ STOP_S = 3.0  # how long a rank may take to end after SIGTERM before it is kille
 # Of a rank on a CPU unless OMP_NUM_THREADS says otherwise: ranks are what uses more cores. With several threads the
 # last bits of products change with their number, and where cores are shared, threads that spin for one another stall.
 RANK_THREADS = 1
+FIRST_PORT, PORTS, TRIES = 20000, 12000, 1000  # Linux gives connections those from 32768 on
 LONGEST_REPORT = 3000  # bytes of text; with its frame it stays below PIPE_BUF, so that ranks never interleave
 
 
@@ -271,7 +273,9 @@ def _exit_text(code: int) -> str:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody uses at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback that nobody uses at this moment, and below those that the system gives to connections."""
+    for _ in range(TRIES):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", FIRST_PORT + secrets.randbelow(PORTS)))
+            return int(probe.getsockname()[1])
+    raise ConfigError(f"found no free port of the loopback in {TRIES} tries from {FIRST_PORT} on")
