@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ROUTINGS = ("random", "skewed")
 EMULATED = (2048, 4096, 7168), (512, 4096)  # hidden sizes and tokens a rank
 ONE_MACHINE = (2048, 7168), (8, 512)
-BUDGET_S = 30.0  # of a case's rounds, unless five take longer
+BUDGET_S = 30.0  # of a case's rounds, unless six take longer
 SHOWN = ("case", "ratio", "rows_speedup", "internode_bytes", "internode_bytes_minimum", "hidden_fraction",
          "hidden_fraction_of_busiest", "hidden_fraction_of_cores", "saved_fraction", "compute_to_communication",
          "compute_to_plain", "us")  # fmt: skip
