@@ -8,6 +8,7 @@ connections of an operation that has failed.
 """
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from crossdock.parallel.watch import Watch
+from crossdock.parallel.watch import Channel, Watch
+
+_leaving = threading.Lock()
 
 
 class Links:
@@ -107,6 +110,48 @@ def connect(store: Store, name: str, rank: int, size: int, device: torch.device,
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     group._set_group_name(name)  # type: ignore[arg-type]
     return group
+
+
+def start_world(
+    channel: Channel,
+    phase: str,
+    find: Callable[[], Store],
+    rank: int,
+    size: int,
+    device: torch.device,
+    timeout_s: float,
+) -> tuple[Store, dist.ProcessGroup]:
+    """torch's default process group of `size` ranks, which meet at the store that find() gives; a collective.
+
+    A wait of `channel`: where that fails, no default group is left, though a thread may still be making one.
+    """
+
+    def work() -> tuple[Store, dist.ProcessGroup]:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the current device is a thread's own
+        store, backend = find(), "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        wait = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+        group = dist.group.WORLD
+        assert group is not None
+        failure = channel.watch.failure
+        if failure is not None:  # this rank has gone on without it
+            _leave_world()
+            raise failure.error(rank, phase)
+        connect_rows(group, device)
+        return store, group
+
+    try:
+        return channel.run(phase, work)
+    except BaseException:
+        _leave_world()
+        raise
+
+
+def _leave_world() -> None:
+    with _leaving:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def connect_rows(group: dist.ProcessGroup, device: torch.device) -> None:

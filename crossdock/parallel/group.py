@@ -21,7 +21,7 @@ from crossdock.parallel.bond import Bond, release
 from crossdock.parallel.joining import MeetingPoint, adopt, join
 from crossdock.parallel.mpi_launch import join_mpi
 from crossdock.parallel.topology import Topology
-from crossdock.parallel.watch import share_failure
+from crossdock.parallel.watch import Watch
 
 LONGEST_S = 1e9  # 31 years: torch counts its timeouts in 64-bit nanoseconds
 # Of MPICH, of Open MPI. The command line, which reads them before torch is imported, has its own.
@@ -83,7 +83,7 @@ class EPGroup:
         _check_topology(topology, world_size)
         if world_size == 1:
             return cls.solo(chosen, timeout_s)
-        bond, found = adopt(given, chosen, timeout_s, topology, owned=False)
+        bond, found = adopt(given, chosen, timeout_s, topology)
         return cls.bound(rank, world_size, chosen, found, timeout_s, bond)
 
     @classmethod
@@ -107,8 +107,12 @@ class EPGroup:
         object.__setattr__(self, "bond", bond)
         object.__setattr__(self, "process_group", bond.whole.process_group)
         bond.watch.when_failed(lambda: release(self.let_go()))
-        if self.communicator is not None:  # of a group that mpiexec started, which torch watches too from now on
-            share_failure(bond.watch, self.communicator.watch)
+
+    @property
+    def watch(self) -> Watch | None:
+        """What the ranks know of the group's failure, by whatever transport they meet; None where there is none."""
+        kept = self.bond or self.communicator  # of both, where torch was started under mpiexec, it is the same
+        return kept.watch if kept is not None else None
 
     def bonded(self) -> Bond:
         """The bond. Raises ConfigError where there is none, or none any more."""
@@ -119,21 +123,17 @@ class EPGroup:
 
     def abort(self, why: str) -> None:
         """Ends all waits of every rank soon: each raises RankFailure naming this rank and `why`. Waits for nobody."""
-        if self.bond is not None:
-            self.bond.watch.abort(why)
-        if self.communicator is not None:
-            self.communicator.watch.abort(why)
+        if self.watch is not None:
+            self.watch.abort(why)
 
     def close(self) -> None:
         """Leaves the process group that `init` started, and lets go of it: its threads end with the last reference."""
-        if self.communicator is not None:
-            self.communicator.close()
-            object.__setattr__(self, "communicator", None)
-        bond = self.bond
+        watch = self.watch
         self.let_go().clear()
-        if bond is not None:
-            bond.watch.close()
-            object.__setattr__(self, "bond", None)
+        if watch is not None:
+            watch.close()
+        for held in ("communicator", "bond"):
+            object.__setattr__(self, held, None)
 
     def let_go(self) -> list[Any]:
         """Leaves the process group, and hands over what is left of it: the last reference waits for what is pending."""

@@ -18,16 +18,17 @@ import torch.distributed.nn.functional  # before a group: its defaults would kee
 from torch.distributed.distributed_c10d import PrefixStore
 
 from crossdock.errors import CommTimeout, ConfigError, CrossdockError
-from crossdock.parallel.bond import Bond, connect, connect_rows
+from crossdock.parallel.bond import Bond, connect, start_world
 from crossdock.parallel.bounded import bounded
 from crossdock.parallel.dialling import connect_all
 from crossdock.parallel.meeting import Arrival, Listener, meet, topology_of
 from crossdock.parallel.topology import Topology
-from crossdock.parallel.watch import Watch
+from crossdock.parallel.watch import Channel, Watch
 
 GRACE_S = 2.0  # how long after the timeout torch may still raise an error of its own, which says more
 TRY_S = 10.0  # to connect to a host that does not answer, before the next try
 LEAST_S = 1.0  # what is left of the timeout for the next step, at least
+PHASE = "init"
 Met = tuple[PrefixStore, list[Arrival]]
 
 
@@ -49,15 +50,8 @@ def join(
     """Meets the other ranks; torch's default process group becomes theirs. Raises what `init` does."""
     deadline = time.monotonic() + timeout_s
 
-    def start(store: PrefixStore) -> dist.ProcessGroup:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # the current device is a thread's own
-        wait = timedelta(seconds=timeout_s)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
-        assert dist.group.WORLD is not None
-        connect_rows(dist.group.WORLD, device)
-        return dist.group.WORLD
+    def start(store: PrefixStore, channel: Channel) -> dist.ProcessGroup:
+        return start_world(channel, PHASE, lambda: store, rank, world_size, device, timeout_s)[1]
 
     def arrive(mine: Arrival) -> Met:
         return _arrive(where, mine, deadline, timeout_s)
@@ -67,9 +61,9 @@ def join(
 
 
 def adopt(
-    given: dist.ProcessGroup, device: torch.device, timeout_s: float, topology: Topology | None, owned: bool
+    given: dist.ProcessGroup, device: torch.device, timeout_s: float, topology: Topology | None
 ) -> tuple[Bond, Topology]:
-    """Watches over the ranks of a process group: over `given` where it is ours (`owned`), else a new one of its ranks.
+    """A process group of the ranks of `given`, which stays the engine's, and the watch over it.
 
     They meet at the store of the engine's default group, in a place of its own for these ranks in this order, whatever
     other groups each of them is in. Raises CommTimeout and ConfigError where they do not all come, or differ in
@@ -89,8 +83,8 @@ def adopt(
             what = f"the {world_size} ranks did not all join within {timeout_s:g} s: {_first_line(error)}"
             raise CommTimeout(f"rank {rank}: {what}") from error
 
-    def start(store: PrefixStore) -> dist.ProcessGroup:
-        return given if owned else connect(store, name, rank, world_size, device, timeout_s)
+    def start(store: PrefixStore, channel: Channel) -> dist.ProcessGroup:
+        return channel.run(PHASE, lambda: connect(store, name, rank, world_size, device, timeout_s))
 
     keeper = dist.get_group_rank(given, 0) if 0 in dist.get_process_group_ranks(given) else None
     return _become(rank, world_size, device, _store_host(), keeper, topology, deadline, arrive, start)
@@ -105,7 +99,7 @@ def _become(
     topology: Topology | None,
     deadline: float,
     arrive: Callable[[Arrival], Met],
-    start: Callable[[PrefixStore], dist.ProcessGroup],
+    start: Callable[[PrefixStore, Channel], dist.ProcessGroup],
 ) -> tuple[Bond, Topology]:
     """A group of the ranks that `arrive` meets, whose process group `start` makes; nothing is left open by an error.
 
@@ -122,7 +116,7 @@ def _become(
     watch = Watch(wires, tuple(range(world_size)))
     left = max(LEAST_S, deadline - time.monotonic())
     try:
-        process_group = watch.channel("init", watch.members, left).run("init", lambda: start(store))
+        process_group = start(store, watch.channel(PHASE, watch.members, left))
     except BaseException:
         watch.close()
         raise

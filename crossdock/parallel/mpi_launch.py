@@ -27,14 +27,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from crossdock.errors import CommTimeout, ConfigError, RankFailure
-from crossdock.parallel.bond import connect_rows
+from crossdock.parallel.bond import Bond, start_world
 from crossdock.parallel.bounded import bounded
 from crossdock.parallel.dialling import connect_all
-from crossdock.parallel.joining import adopt
 from crossdock.parallel.meeting import Arrival, Listener, disagreement, topology_of
 from crossdock.parallel.topology import Topology
 from crossdock.parallel.watch import Watch, say_goodbye
@@ -97,9 +96,6 @@ class MpiJob:
     def name(self) -> str:
         """A name for a channel, the same on all ranks, which ask for names in the same order."""
         return f"mpi {next(self._names)}"
-
-    def close(self) -> None:
-        self.watch.close()
 
 
 _met: list[MpiJob | None] = []  # None: a meeting that failed
@@ -242,29 +238,17 @@ def start_torch(group: "EPGroup") -> None:
         raise ConfigError("torch.distributed is initialised in this process: close that group first")
     job, wait = group.communicator, timedelta(seconds=group.timeout_s)
     assert job is not None
-    host = _toward(job.processes)
-    backend = "cpu:gloo,cuda:nccl" if group.device.type == "cuda" else "gloo"
+    host, size = _toward(job.processes), group.world_size
 
-    def meet() -> None:
-        if group.device.type == "cuda":
-            torch.cuda.set_device(group.device)  # the current device is a thread's own
-        store, size = None, group.world_size
-        if job.rank == 0:  # listens on a port of the system's choice, which the others hear of by MPI
-            store = dist.TCPStore(host, 0, size, True, wait, wait_for_workers=False)  # type: ignore[attr-defined]
-        port = job.comm.bcast(store.port if store is not None else None)
-        store = store or dist.TCPStore(host, port, size, False, wait)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=job.rank, world_size=size, timeout=wait)
-        assert dist.group.WORLD is not None
-        connect_rows(dist.group.WORLD, group.device)
+    def find() -> Store:
+        """The store of rank 0, at a port of the system's choice, which the others hear of by MPI."""
+        opened = dist.TCPStore(host, 0, size, True, wait, wait_for_workers=False) if job.rank == 0 else None  # type: ignore[attr-defined]
+        port = job.comm.bcast(opened.port if opened is not None else None)
+        return opened or dist.TCPStore(host, port, size, False, wait)  # type: ignore[attr-defined]
 
-    job.watch.channel(job.name(), group.members, group.timeout_s).run("start of torch", meet)
-    assert dist.group.WORLD is not None
-    try:
-        bond, _ = adopt(dist.group.WORLD, group.device, group.timeout_s, group.topology, owned=True)
-    except BaseException:
-        dist.destroy_process_group()
-        raise
-    group.hold(bond)
+    channel = job.watch.channel(job.name(), group.members, group.timeout_s)
+    store, world = start_world(channel, "start of torch", find, job.rank, size, group.device, group.timeout_s)
+    group.hold(Bond(job.watch, PrefixStore("crossdock", store), world, group.device))
 
 
 def _leave_mpi(mpi: Any) -> None:

@@ -76,19 +76,11 @@ def _take_watch(group: EPGroup) -> Watch:
 
     It has failed by then, on all ranks, and the process group has been let go of.
     """
-    kept = [bond.watch for bond in (group.communicator, group.bond) if bond is not None]
-    if not kept:
+    watch = group.watch
+    if watch is None:
         raise ConfigError(f"rank {group.rank}: a group of one rank, or one that is closed, has nothing to go on with")
-    watch: Watch = kept[0]  # the same on all ranks, whichever of two has heard of the failure so far
-    failure = next((one.failure for one in kept if one.failure is not None), None)
-    if failure is None:
-        watch.abort("it called recover")
-    else:
-        watch.fail(failure)
+    watch.abort("it called recover")  # unless it has failed before
     release(group.let_go())
-    for other in kept:
-        if other is not watch:
-            other.close()
     object.__setattr__(group, "communicator", None)
     object.__setattr__(group, "bond", None)
     return watch

@@ -140,12 +140,6 @@ def say_goodbye() -> None:
 os.register_at_fork(after_in_child=_open.clear)  # what a child closes its parent could no longer use
 
 
-def share_failure(one: Watch, other: Watch) -> None:
-    """What ends one ends the other, too; both are of the same ranks."""
-    for here, there in ((one, other), (other, one)):
-        here.when_failed(lambda here=here, there=there: there.fail(here.failure))  # type: ignore[misc]
-
-
 class Channel:
     """The collectives of one transport, counted in the order in which this rank enters them."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from crossdock import EPGroup, init, make_transport
 from crossdock.comm import Dispatcher, Transport
@@ -111,8 +112,18 @@ def other_transport(group: EPGroup) -> Any:
 
 
 def aborts_torch(group: EPGroup) -> Any:
-    """What ends one of a group's transports ends a wait on another."""
-    over_torch, carrier = make_transport(group, "torch"), make_transport(group)
+    """What ends one of a group's transports ends a wait on another, and the start of the first where a rank is slow."""
+    begin = dist.init_process_group
+
+    def begin_slowly(*given: Any, **named: Any) -> None:
+        begin(*given, **named)
+        time.sleep(1.0)
+
+    dist.init_process_group = begin_slowly if group.rank == 2 else begin  # type: ignore[assignment]
+    try:
+        over_torch, carrier = make_transport(group, "torch"), make_transport(group)
+    finally:
+        dist.init_process_group = begin  # type: ignore[assignment]
     if group.rank == 1:
         over_torch.abort("its disk is full")
     ones(carrier, "dispatch")
