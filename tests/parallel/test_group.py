@@ -178,6 +178,39 @@ def test_a_group_is_adopted_whatever_others_there_are_and_again(ranks_of_four: R
         assert found[rank] in (in_order * 2 + turned, in_order * 2)
 
 
+class Kept(Exception):
+    """The rank whose process may keep the store, as a start would have blamed it."""
+
+
+def keeps(*_: object) -> None:
+    raise Kept(_[-1])
+
+
+def keeper(group: EPGroup) -> int | None:
+    given = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])][group.rank % 2]
+    real, joining.connect_all = joining.connect_all, keeps  # type: ignore[assignment]
+    try:
+        EPGroup.from_process_group(given, "cpu", 20.0)
+    except Kept as kept:
+        return kept.args[0]  # type: ignore[no-any-return]
+    finally:
+        joining.connect_all = real
+        dist.destroy_process_group(given)
+    raise AssertionError("ranks met without wires")
+
+
+def test_whose_process_keeps_the_store(ranks_of_four: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 of the world, where it is among them and no launcher does."""
+    assert ranks_of_four.run(keeper) == [0, None, 0, None]
+    here = Arrival(Card(0, "here", "127.0.0.1", 1, "secret"), 2, ())
+    monkeypatch.setattr(joining, "_arrive", lambda *_: (None, [here, here]))
+    monkeypatch.setattr(joining, "connect_all", keeps)
+    for is_open in (False, True):
+        with pytest.raises(Kept) as caught:
+            joining.join(1, 2, torch.device("cpu"), 5.0, None, joining.MeetingPoint("127.0.0.1", 1, is_open))
+        assert caught.value.args == ((None,) if is_open else (0,))
+
+
 def come_alone(group: EPGroup) -> str:
     if group.rank == 1:
         time.sleep(2.0)
