@@ -24,13 +24,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crossdock.comm.agreement import agree_on_parts
+from crossdock.comm.agreement import agree_on_parts, odd_one
 from crossdock.comm.transport import Pending, Then, bytes_of, part_topology
 from crossdock.errors import ConfigError, CrossdockError
 from crossdock.parallel import EPGroup, Topology
@@ -43,9 +43,19 @@ LONGEST_BURST = 256  # polls between two sleeps: 4 MB of rows, or 0.1 ms where n
 PAUSES_S = (20e-6, 1e-3)  # the first and the longest sleep
 LONGEST_CALL_S = 0.02  # that a poll waits for another thread's call into MPI: one that divides ranks may never return
 INTEGERS, ROWS = 0, 1
-HEADER = np.dtype(  # count items of width bytes, over the transport whose name has that checksum
-    [("transport", "i8"), ("kind", "i8"), ("width", "i8"), ("count", "i8"), ("phase", "S72")]
-)
+
+
+class Sent(NamedTuple):
+    """What a rank says it sends: `items` of `width` bytes each, over the transport whose name has that checksum."""
+
+    transport: int
+    kind: int
+    width: int
+    items: int
+    phase: bytes
+
+
+HEADER = np.dtype([*((name, "i8") for name in Sent._fields[:4]), ("phase", "S72")])
 _yield_core = getattr(os, "sched_yield", lambda: None)
 _one_call = threading.Lock()  # MPI is initialised for one caller at a time, and a backward pass may be another thread
 _row_types: dict[int, Any] = {}  # MPI datatypes by the bytes of a row
@@ -210,25 +220,30 @@ class MpiTransport:
         arrived_W: Any = np.empty(self.world_size, dtype=HEADER)
 
         def check() -> None:
-            for rank, (theirs, ours) in enumerate(zip(arrived_W.tolist(), headers(expected).tolist(), strict=True)):
+            theirs_W, ours_W = arrived_W.tolist(), headers(expected).tolist()
+            for rank, (theirs, ours) in enumerate(zip(theirs_W, ours_W, strict=True)):
                 if theirs != ours and not (kind == INTEGERS and theirs[:4] == ours[:4]):
-                    raise self._mismatch(rank, theirs, ours, turn)
+                    raise self._mismatch([Sent(*told) for told in theirs_W], rank, Sent(*ours), turn)
 
         moving.check = check
         moving.start(self._comm.Ialltoall, headers(sent).view(np.uint8), arrived_W.view(np.uint8))
 
-    def _mismatch(
-        self, rank: int, theirs: tuple[int, int, int, int, bytes], ours: tuple[int, int, int, int, bytes], turn: Turn
-    ) -> CrossdockError:
-        """Makes it the group's failure: what was started behind the headers does not fit together."""
-        member = self.members[rank]
-        if theirs[:2] != ours[:2] or theirs[4] != ours[4]:
-            by = "" if theirs[0] == ours[0] else " by another transport"
-            text = f"rank {member} is elsewhere: {theirs[4].decode(errors='replace')}{by}"
+    def _mismatch(self, theirs_W: list[Sent], rank: int, ours: Sent, turn: Turn) -> CrossdockError:
+        """Makes it the group's failure: what was started behind the headers does not fit together.
+
+        All ranks have the same phases before them, and find the same one to be elsewhere.
+        """
+        watch, by = self._channel.watch, self.rank
+        found = odd_one([(theirs.transport, theirs.kind, theirs.phase) for theirs in theirs_W])
+        if found is None:
+            theirs = theirs_W[rank]
+            what = f"sends {theirs.items} of {theirs.width} bytes, expected {ours.items} of {ours.width}"
         else:
-            text = f"rank {member} sends {theirs[3]} of {theirs[2]} bytes, expected {ours[3]} of {ours[2]}"
-        watch = self._channel.watch
-        return watch.fail(Failure("mismatch", (member,), text, watch.rank)).error(watch.rank, turn.phase)
+            (rank, by), theirs = found, theirs_W[found[0]]
+            other = "" if theirs.transport == theirs_W[by].transport else " by another transport"
+            what = f"is elsewhere: {theirs.phase.decode(errors='replace')}{other}"
+        failure = Failure("mismatch", (self.members[rank],), f"rank {self.members[rank]} {what}", self.members[by])
+        return watch.fail(failure).error(watch.rank, turn.phase)
 
 
 def _starts(counts: list[int]) -> list[int]:

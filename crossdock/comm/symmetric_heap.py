@@ -122,12 +122,12 @@ def _on_device(control: Transport, device: torch.device, nbytes: int, phase: str
         return [mine], None  # a world of one
     nonce = int.from_bytes(os.urandom(7), "big")
     name = f"crossdock {control.all_gather([nonce], phase)[0][0]:x}"  # torch keeps what it was told of a name for good
-    store: Any = control._group.bonded()._store
+    bond = control._group.bonded()
 
     def meet() -> tuple[Any, str]:
         torch.cuda.set_device(device)  # the current device is a thread's own
         try:
-            _SymmetricMemory.set_group_info(name, control.rank, control.world_size, PrefixStore(name, store))
+            _SymmetricMemory.set_group_info(name, control.rank, control.world_size, PrefixStore(name, bond.store()))
             return _SymmetricMemory.rendezvous(mine, name), ""
         except RuntimeError as error:
             return None, str(error).splitlines()[0]

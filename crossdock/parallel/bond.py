@@ -8,7 +8,6 @@ connections of an operation that has failed.
 """
 
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -19,7 +18,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from crossdock.parallel.watch import Channel, Watch
 
-_leaving = threading.Lock()
+NCCL_GRACE_S = 60.0
+_one_start = threading.Lock()  # one that was given up may be under way still
 
 
 class Links:
@@ -63,10 +63,19 @@ class Bond:
 
     def part(self, name: str, rank: int, size: int, timeout_s: float) -> Links:
         """Links among some of the ranks; a collective of those. Raises RuntimeError kin."""
-        assert self._store is not None
-        links = Links(connect(self._store, name, rank, size, self._device, timeout_s), self._device)
-        self._parts.append(links)
+        links = Links(connect(self.store(), name, rank, size, self._device, timeout_s), self._device)
+        with self._letting_go:
+            if self._store is None:
+                release(links.drop())
+            self._parts.append(links)
         return links
+
+    def store(self) -> Store:
+        """Where parts meet. Raises RuntimeError once it has been let go of."""
+        store = self._store
+        if store is None:
+            raise RuntimeError("the group of this transport is closed")
+        return store
 
     def let_go(self) -> list[Any]:
         """Drops all links, and hands over what is left of them to be released. An engine's groups stay as they are."""
@@ -106,60 +115,62 @@ def connect(store: Store, name: str, rank: int, size: int, device: torch.device,
         options._timeout = wait
         nccl = dist.ProcessGroupNCCL(PrefixStore("cuda", inside), rank, size, options)
         group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
-        connect_rows(group, device)
+        connect_rows(group, device, timeout_s)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     group._set_group_name(name)  # type: ignore[arg-type]
     return group
 
 
 def start_world(
-    channel: Channel,
-    phase: str,
-    find: Callable[[], Store],
-    rank: int,
-    size: int,
-    device: torch.device,
-    timeout_s: float,
-) -> tuple[Store, dist.ProcessGroup]:
-    """torch's default process group of `size` ranks, which meet at the store that find() gives; a collective.
+    channel: Channel, phase: str, store: Store, rank: int, size: int, device: torch.device, timeout_s: float
+) -> dist.ProcessGroup:
+    """torch's default process group of `size` ranks, a collective of them; `channel` waits for it.
 
-    A wait of `channel`: where that fails, no default group is left, though a thread may still be making one.
+    Where that fails no default group is left, now or when a thread that is left behind has made it after all.
     """
+    wait, settling = timedelta(seconds=timeout_s), threading.Lock()
+    begun, given_up = threading.Event(), threading.Event()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
-    def work() -> tuple[Store, dist.ProcessGroup]:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # the current device is a thread's own
-        store, backend = find(), "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        wait = timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
-        group = dist.group.WORLD
-        assert group is not None
-        failure = channel.watch.failure
-        if failure is not None:  # this rank has gone on without it
-            _leave_world()
-            raise failure.error(rank, phase)
-        connect_rows(group, device)
-        return store, group
+    def work() -> dist.ProcessGroup:
+        with _one_start:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # the current device is a thread's own
+            if not dist.is_initialized():  # torch counts its starts, and ranks that have failed more often do not meet
+                dist.distributed_c10d._world.group_count = 0
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+            with settling:
+                begun.set()
+                if given_up.is_set():
+                    dist.destroy_process_group()
+                    raise RuntimeError("nobody waits for it any more")
+            group = dist.group.WORLD
+            assert group is not None
+            connect_rows(group, device, timeout_s)
+            return group
 
     try:
         return channel.run(phase, work)
     except BaseException:
-        _leave_world()
+        with settling:
+            given_up.set()
+            if begun.is_set():
+                dist.destroy_process_group()
         raise
 
 
-def _leave_world() -> None:
-    with _leaving:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def connect_rows(group: dist.ProcessGroup, device: torch.device) -> None:
+def connect_rows(group: dist.ProcessGroup, device: torch.device, timeout_s: float) -> None:
     """Makes NCCL's connections now, while the wait for it is bounded: else the first exchange would, on the stream.
 
-    Where NCCL refuses, that exchange says why: ranks may share a GPU, which other transports do not mind.
+    Where NCCL refuses, that exchange says why: ranks may share a GPU, which other transports do not mind. NCCL ends the
+    process of a rank whose operation takes too long, though it may only wait for another: that is left to our waits,
+    which name who is to blame.
     """
-    eager = getattr(group._get_backend(device), "eager_connect_single_device", None) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return
+    nccl: Any = group._get_backend(device)
+    nccl._set_default_timeout(timedelta(seconds=timeout_s + NCCL_GRACE_S))
+    eager = getattr(nccl, "eager_connect_single_device", None)
     if eager is not None:
         with suppress(RuntimeError):
             eager(device)

@@ -128,8 +128,11 @@ class EPGroup:
 
     def close(self) -> None:
         """Leaves the process group that `init` started, and lets go of it: its threads end with the last reference."""
-        watch = self.watch
-        self.let_go().clear()
+        watch, kept = self.watch, self.let_go()
+        if watch is not None and watch.failure is not None:
+            release(kept)  # what is pending may end with nothing but its timeout
+        else:
+            kept.clear()
         if watch is not None:
             watch.close()
         for held in ("communicator", "bond"):

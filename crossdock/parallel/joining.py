@@ -51,7 +51,7 @@ def join(
     deadline = time.monotonic() + timeout_s
 
     def start(store: PrefixStore, channel: Channel) -> dist.ProcessGroup:
-        return start_world(channel, PHASE, lambda: store, rank, world_size, device, timeout_s)[1]
+        return start_world(channel, PHASE, store, rank, world_size, device, timeout_s)
 
     def arrive(mine: Arrival) -> Met:
         return _arrive(where, mine, deadline, timeout_s)
@@ -117,7 +117,8 @@ def _become(
     left = max(LEAST_S, deadline - time.monotonic())
     try:
         process_group = start(store, watch.channel(PHASE, watch.members, left))
-    except BaseException:
+    except BaseException as error:  # of the group's failure, or as an interrupt that the others would wait for
+        watch.abort(f"{type(error).__name__}: {error}")
         watch.close()
         raise
     return Bond(watch, store, process_group, device), topology_of(met)

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
 from crossdock.errors import CommTimeout, ConfigError, RankFailure
-from crossdock.parallel.bond import Bond, start_world
+from crossdock.parallel.bond import Bond, connect
 from crossdock.parallel.bounded import bounded
 from crossdock.parallel.dialling import connect_all
 from crossdock.parallel.meeting import Arrival, Listener, disagreement, topology_of
@@ -230,25 +230,23 @@ def _toward(processes: tuple[Process, ...]) -> str:
 
 
 def start_torch(group: "EPGroup") -> None:
-    """Gives a group that mpiexec started torch's process group too: gloo, and NCCL on GPUs. A collective.
+    """Gives a group that mpiexec started a process group of torch too: gloo, and NCCL on GPUs. A collective.
 
-    Raises ConfigError where torch.distributed is in use, CommTimeout and RankFailure where ranks do not meet.
+    Raises CommTimeout and RankFailure where ranks do not meet.
     """
-    if dist.is_initialized():
-        raise ConfigError("torch.distributed is initialised in this process: close that group first")
-    job, wait = group.communicator, timedelta(seconds=group.timeout_s)
+    job, size, timeout_s = group.communicator, group.world_size, group.timeout_s
     assert job is not None
-    host, size = _toward(job.processes), group.world_size
+    host, wait, name = _toward(job.processes), timedelta(seconds=timeout_s), job.name()
 
-    def find() -> Store:
-        """The store of rank 0, at a port of the system's choice, which the others hear of by MPI."""
+    def work() -> tuple[Store, dist.ProcessGroup]:
+        """Rank 0's store is at a port of the system's choice, which the others hear of by MPI."""
         opened = dist.TCPStore(host, 0, size, True, wait, wait_for_workers=False) if job.rank == 0 else None  # type: ignore[attr-defined]
         port = job.comm.bcast(opened.port if opened is not None else None)
-        return opened or dist.TCPStore(host, port, size, False, wait)  # type: ignore[attr-defined]
+        store = opened or dist.TCPStore(host, port, size, False, wait)  # type: ignore[attr-defined]
+        return store, connect(store, name, job.rank, size, group.device, timeout_s)
 
-    channel = job.watch.channel(job.name(), group.members, group.timeout_s)
-    store, world = start_world(channel, "start of torch", find, job.rank, size, group.device, group.timeout_s)
-    group.hold(Bond(job.watch, PrefixStore("crossdock", store), world, group.device))
+    store, process_group = job.watch.channel(name, group.members, timeout_s).run("start of torch", work)
+    group.hold(Bond(job.watch, store, process_group, group.device))
 
 
 def _leave_mpi(mpi: Any) -> None:

@@ -101,6 +101,7 @@ class _Recovery:
             self._agree()
             members = tuple(sorted(self.view))
             if len(members) == 1:
+                self.watch.tell("made", ranks=members)
                 return members, None, None
             made = self._make(members)
             if made is not None and self._all_made(members):
@@ -141,7 +142,8 @@ class _Recovery:
                               f"left within {self.timeout_s:g} s")  # fmt: skip
 
     def _weigh_views_without_me(self) -> None:
-        """Takes out who has taken this rank out, unless that side is the one to go on. Who is out already is not heard.
+        """Takes out who has taken this rank out, unless that side is the one to go on. Who is out already is not heard,
+        unless it has gone on: a rank that comes when all is over has been cut off.
 
         What this rank has on its side are those who have not said otherwise. It may itself be what was lost, say as it
         was stopped; and a rank that saw nobody for a while must not end the recovery of all the others.
@@ -149,7 +151,9 @@ class _Recovery:
         views = {rank: theirs for rank in self.view if (theirs := self._told("view", rank)) is not None}
         without_me = {rank: theirs for rank, theirs in views.items() if self.watch.rank not in theirs}
         mine = self.view - without_me.keys()
-        if any(self._weight(theirs) > self._weight(mine) for theirs in without_me.values()):
+        made = [set(note["ranks"]) for note in self.watch.notes.get("made", {}).values()]
+        sides = [*without_me.values(), *(theirs for theirs in made if self.watch.rank not in theirs)]
+        if any(self._weight(theirs) > self._weight(mine) for theirs in sides):
             raise RankFailure(f"rank {self.watch.rank}: {PHASE}: the others went on without this rank")
         self.view = mine
 

@@ -43,7 +43,7 @@ class Watch:
         self._hooks: list[Callable[[], None]] = []
         self.notes: dict[str, dict[int, Message]] = {}  # of each kind the last one, by sender
         self._asked = 0
-        self._answers: dict[int, Standing] = {}
+        self._answers: dict[int, dict[int, Standing]] = {}  # to each question that is open: of a wait, in its thread
         wires.on_messages(epoch, self._handle)
         _open.add(self)
 
@@ -78,12 +78,12 @@ class Watch:
         """Where every rank that still is there stands; None for one that does not say so within ANSWER_S."""
         with self.wires.changed:
             self._asked += 1
-            self._answers = {}
+            number, answers = self._asked, self._answers.setdefault(self._asked, {})
             asked = set(self.members) - self.wires.lost.keys() - {self.rank}
             for rank in asked:
-                self.wires.send(rank, self.epoch, {"kind": "ask", "number": self._asked})
-            answers = self._answers
+                self.wires.send(rank, self.epoch, {"kind": "ask", "number": number})
             self.wires.changed.wait_for(lambda: asked <= answers.keys() | self.wires.lost.keys(), ANSWER_S)
+            del self._answers[number]
             answered: dict[int, Standing | None] = {rank: answers.get(rank) for rank in asked - self.wires.lost.keys()}
         return answered | {self.rank: self.standing}
 
@@ -120,8 +120,9 @@ class Watch:
                 told = {name: place.told() for name, place in list(self.standing.items())}
                 self.wires.send(sender, self.epoch, {"kind": "say", "number": message["number"], "standing": told})
             case "say":
-                if message["number"] == self._asked:
-                    self._answers[sender] = {n: Place.heard(place) for n, place in message["standing"].items()}
+                if message["number"] in self._answers:
+                    heard = {name: Place.heard(place) for name, place in message["standing"].items()}
+                    self._answers[message["number"]][sender] = heard
             case kind:
                 self.notes.setdefault(kind, {})[sender] = message
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from crossdock.cli.launch import Failure, _Ranks, cause, describe, rank_command, run_ranks
+from crossdock.cli.launch import GRACE_S, Failure, _Ranks, cause, describe, rank_command, run_ranks
 from crossdock.errors import ConfigError
 from tests.cli.conftest import start
 
@@ -28,9 +28,11 @@ def ranks_of(body: str) -> list[str]:
     return [sys.executable, "-c", PREAMBLE + textwrap.dedent(body)]
 
 
-def run(body: str, ranks: int, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str, float]:
+def run(
+    body: str, ranks: int, capfd: pytest.CaptureFixture[str], grace_s: float = GRACE_S
+) -> tuple[int, str, str, float]:
     began = time.monotonic()
-    code = run_ranks(ranks_of(body), ranks)
+    code = run_ranks(ranks_of(body), ranks, grace_s=grace_s)
     out, err = capfd.readouterr()
     return code, out, err, time.monotonic() - began
 
@@ -68,7 +70,7 @@ def test_the_cause_is_told_and_not_what_followed_from_it(capfd: pytest.CaptureFi
     side.report(*(("RankFailure", "rank 0: lost rank 1") if rank == 0 else ("ConfigError", "top_k is 9")), 1)
     sys.exit(1)
     """
-    code, _, err, _ = run(body, 2, capfd)
+    code, _, err, _ = run(body, 2, capfd, grace_s=20.0)
     assert (code, err) == (1, "error: rank 1: top_k is 9\n")
 
 

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from crossdock import EPGroup, init, make_transport
 from crossdock.comm import Dispatcher, Transport
 from crossdock.errors import CrossdockError, RankFailure
-from crossdock.parallel import Topology, recover
+from crossdock.parallel import Topology, mpi_launch, recover
 from tests.comm.cases import cases, exchange
 from tests.comm.test_conformance import NODES, run_cases
 
@@ -113,18 +112,26 @@ def other_transport(group: EPGroup) -> Any:
 
 def aborts_torch(group: EPGroup) -> Any:
     """What ends one of a group's transports ends a wait on another, and the start of the first where a rank is slow."""
-    begin = dist.init_process_group
+    assert group.watch is not None
+    watch, connect = group.watch, mpi_launch.connect
 
-    def begin_slowly(*given: Any, **named: Any) -> None:
-        begin(*given, **named)
-        time.sleep(1.0)
+    def connect_slowly(*given: Any) -> Any:
+        made = connect(*given)
+        with watch.wires.changed:
+            watch.wires.changed.wait_for(lambda: watch.failure is not None, 20.0)
+        time.sleep(1.0)  # the wait for this thread looks soon
+        return made
 
-    dist.init_process_group = begin_slowly if group.rank == 2 else begin  # type: ignore[assignment]
+    mpi_launch.connect = connect_slowly if group.rank == 2 else connect
     try:
         over_torch, carrier = make_transport(group, "torch"), make_transport(group)
     finally:
-        dist.init_process_group = begin  # type: ignore[assignment]
+        mpi_launch.connect = connect
+    if group.rank == 0:
+        watch.tell("through")
     if group.rank == 1:
+        with watch.wires.changed:
+            assert watch.wires.changed.wait_for(lambda: "through" in watch.notes, 20.0)
         over_torch.abort("its disk is full")
     ones(carrier, "dispatch")
 

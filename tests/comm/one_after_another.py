@@ -14,6 +14,6 @@ def errors_of(group: EPGroup, works: Sequence[Callable[[EPGroup], object]]) -> l
             said.append(f"nothing, but returned {work(group)}")
         except CrossdockError as error:
             said.append(f"{type(error).__name__}: {error}")
-        group = recover(group)
+        group = recover(group, 30.0)
     group.close()
     return said

@@ -67,19 +67,19 @@ def test_after_its_first_error_a_transport_raises_it_again_at_once() -> None:
     def work(transport: Transport) -> None:
         part = transport.split([[0], [1]])
         if transport.rank == 1:
-            time.sleep(1.0)
+            time.sleep(3.0)
         first = "" if transport.rank else "; the last it did was split"
-        with pytest.raises(CommTimeout, match=f"rank 1 did not arrive within 0.3 s{first}"):
+        with pytest.raises(CommTimeout, match=f"rank 1 did not arrive within 1 s{first}"):
             transport.all_gather([1], "plan")
         began = time.monotonic()
         for use in (transport.all_gather, part.all_gather):
-            with pytest.raises(CommTimeout, match=r"again: .*rank 1 did not arrive within 0.3 s"):
+            with pytest.raises(CommTimeout, match=r"again: .*rank 1 did not arrive within 1 s"):
                 use([1], "again")
         with pytest.raises(CommTimeout, match=r"split: .*rank 1 did not arrive"):
             transport.split([[0, 1]])
-        assert time.monotonic() - began < 0.2
+        assert time.monotonic() - began < 0.9
 
-    assert errors(2, work, timeout_s=0.3) == [None, None]
+    assert errors(2, work, timeout_s=1.0) == [None, None]
 
 
 def test_blame_follows_who_waits_in_a_part() -> None:
@@ -88,13 +88,13 @@ def test_blame_follows_who_waits_in_a_part() -> None:
     def work(transport: Transport) -> None:
         part = transport.split([[0, 3], [1, 2]])
         if transport.rank == 2:
-            time.sleep(2.0)
+            time.sleep(4.0)
         if transport.rank in (1, 2):
             part.all_gather([1], "in the part")
         transport.all_gather([1], "in the world")
 
-    for rank, error in enumerate(errors(4, work, timeout_s=0.7)):
-        assert isinstance(error, CommTimeout) and "rank 2 did not arrive within 0.7 s" in str(error), rank
+    for rank, error in enumerate(errors(4, work, timeout_s=2.0)):
+        assert isinstance(error, CommTimeout) and "rank 2 did not arrive within 2 s" in str(error), rank
 
 
 def test_ranks_outside_a_part_that_fails_are_not_named() -> None:
@@ -103,9 +103,9 @@ def test_ranks_outside_a_part_that_fails_are_not_named() -> None:
         if transport.rank == 0:
             part.all_gather([1], "in the part")
         else:
-            time.sleep(1.0)
+            time.sleep(3.0)
 
-    found = errors(4, work, timeout_s=0.4)
+    found = errors(4, work, timeout_s=1.0)
     assert "rank 1 did not arrive" in str(found[0]) and found[1:] == [None] * 3
     assert "rank 2" not in str(found[0]) and "rank 3" not in str(found[0])
 

@@ -82,7 +82,7 @@ def test_rows_of_a_gpu_pass_through_the_host(tmp_path: Path) -> None:
 def failures(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What three ranks saw of every failure after which all of them still run."""
     names = ["disagree", "other_phase", "other_counts", "other_transport", "other_parts", "other_nodes", "leaves",
-             "aborts", "aborts_torch", "late"]  # fmt: skip
+             "aborts", "aborts_torch", "over_torch", "late"]  # fmt: skip
     done, seen = run(3, names, tmp_path_factory.mktemp("failures"), SURVIVORS)
     assert (done.code, done.err) == (0, "")
     return seen
@@ -103,9 +103,9 @@ def test_ranks_with_other_rows_are_named_before_any_moves(failures: Any) -> None
 @pytest.mark.parametrize(
     ("part", "text"),
     [
-        ("other_phase", "(rank 1 is elsewhere: plan|rank [02] is elsewhere: dispatch)"),
+        ("other_phase", "rank 1 is elsewhere: plan"),
         ("other_counts", "rank 0 sends 2 of 12 bytes, expected 1 of 12"),
-        ("other_transport", "rank [01] is elsewhere: dispatch by another transport"),
+        ("other_transport", "rank 1 is elsewhere: dispatch by another transport"),
         ("other_parts", r"rank [01] has other parts, expected \[\[0.* as here"),
     ],
 )
@@ -134,6 +134,11 @@ def test_a_rank_can_end_the_waits_of_all(part: str, failures: Any) -> None:
         found = seen[part]
         where = "start of torch" if part == "aborts_torch" and rank == 2 else "dispatch"
         assert named(found, "RankFailure", f"rank {rank}: {where}: rank 1 gave up: its disk is full"), found
+
+
+def test_torch_starts_again_after_a_start_that_failed_on_one_rank(failures: Any) -> None:
+    for seen in failures:
+        assert torch.equal(seen["over_torch"]["rows"], torch.ones(3, 3))
 
 
 def test_a_rank_that_does_not_come_is_named(failures: Any) -> None:

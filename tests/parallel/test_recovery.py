@@ -14,9 +14,10 @@ from crossdock.comm import make_transport
 from crossdock.errors import ConfigError, RankFailure
 from crossdock.parallel import EPGroup, Topology, recover
 from crossdock.parallel.recovery import _Recovery
-from crossdock.parallel.standing import Failure
+from crossdock.parallel.standing import Failure, Lost
 from crossdock.parallel.watch import Watch
-from tests.launch import Ranks
+from crossdock.parallel.wires import ENDED
+from tests.launch import RankError, Ranks
 from tests.parallel.test_wires import until, wired
 
 
@@ -70,6 +71,50 @@ def test_who_is_out_already_is_not_heard() -> None:
     one.view = {2, 3}
     one._shrink()
     assert one.view == {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("made", "is_over"),
+    [
+        ({0: [0, 2], 2: [0, 2]}, True),
+        ({2: [2]}, True),  # alone, but rank 1 is to blame
+        ({2: [1, 2]}, False),
+    ],
+)
+def test_who_comes_when_the_others_have_gone_on_is_told(made: dict[int, list[int]], is_over: bool) -> None:
+    """They have cut it off by then."""
+    late = recovery(1, 3, (1,), {0: [0, 2], 2: [0, 2]})
+    late.watch.notes["made"] = {sender: {"ranks": ranks} for sender, ranks in made.items()}
+    late.watch.wires.lost = {0: Lost(ENDED), 2: Lost(ENDED)}
+    if is_over:
+        with pytest.raises(RankFailure, match="rank 1: recovery: the others went on without this rank"):
+            late._shrink()
+    else:
+        late._shrink()
+        assert late.view == {1}
+
+
+def test_one_that_saw_nobody_for_a_while_and_went_on_ends_no_other() -> None:
+    one = recovery(1, 3, (), {})
+    one.watch.notes["made"] = {2: {"ranks": [2]}}
+    one.watch.wires.lost = {2: Lost(ENDED)}
+    one._shrink()
+    assert one.view == {0, 1}
+
+
+def late_to_recover(group: EPGroup) -> tuple[int, ...]:
+    assert group.bond is not None
+    wires = group.bond.watch.wires
+    if group.rank == 1:
+        with wires.changed:
+            assert wires.changed.wait_for(lambda: {0, 2} <= wires.lost.keys(), 30.0)
+    return recover(group, 3.0).members
+
+
+def test_who_is_late_for_a_recovery_does_not_go_on_alone() -> None:
+    with Ranks(3) as ranks, pytest.raises(RankError, match="the others went on without this rank") as caught:
+        ranks.run(late_to_recover)
+    assert caught.value.kinds == {1: "RankFailure"}
 
 
 @contextmanager

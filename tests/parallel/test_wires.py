@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 
@@ -465,3 +466,18 @@ def test_what_cannot_be_read_is_no_end_of_reading() -> None:
         two.on_messages(0, lambda sender, message: got.append(message["kind"]))
         one.send(2, 0, {"kind": "still here"})
         assert until(two, lambda: got == ["still here"])
+
+
+def test_two_waits_ask_at_once_and_both_are_answered() -> None:
+    with wired(3) as (zero, one, _):  # rank 2 says nothing
+        watch, other = Watch(zero, (0, 1, 2), 1), Watch(one, (0, 1, 2), 1)
+        other.channel("world", (0, 1, 2), 5.0).enter("dispatch")
+        found: list[dict[int, Any]] = []
+        threads = [Thread(target=lambda: found.append(watch.ask())) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert len(found) == 2
+        for standings in found:
+            assert standings[2] is None and standings[1]["world"].turn == 1
