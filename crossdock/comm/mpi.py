@@ -234,14 +234,19 @@ class MpiTransport:
         All ranks have the same phases before them, and find the same one to be elsewhere.
         """
         watch, by = self._channel.watch, self.rank
-        found = odd_one([(theirs.transport, theirs.kind, theirs.phase) for theirs in theirs_W])
-        if found is None:
+        elsewhere = odd_one([(theirs.transport, theirs.kind, theirs.phase) for theirs in theirs_W])
+        sizes = [(theirs.width, theirs.items if theirs.kind == INTEGERS else 0) for theirs in theirs_W]
+        other = odd_one(sizes)  # only numbers of rows differ by who they are for
+        if elsewhere is not None:
+            rank, by = elsewhere
+            transport = "" if theirs_W[rank].transport == theirs_W[by].transport else " by another transport"
+            what = f"is elsewhere: {theirs_W[rank].phase.decode(errors='replace')}{transport}"
+        else:
+            if other is not None:
+                rank, by = other
+                ours = theirs_W[by]
             theirs = theirs_W[rank]
             what = f"sends {theirs.items} of {theirs.width} bytes, expected {ours.items} of {ours.width}"
-        else:
-            (rank, by), theirs = found, theirs_W[found[0]]
-            other = "" if theirs.transport == theirs_W[by].transport else " by another transport"
-            what = f"is elsewhere: {theirs.phase.decode(errors='replace')}{other}"
         failure = Failure("mismatch", (self.members[rank],), f"rank {self.members[rank]} {what}", self.members[by])
         return watch.fail(failure).error(watch.rank, turn.phase)
 

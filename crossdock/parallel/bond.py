@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from crossdock.parallel.watch import Channel, Watch
 
 NCCL_GRACE_S = 60.0
+NOBODY_WAITS = "nobody waits for this start any more"
 _one_start = threading.Lock()  # one that was given up may be under way still
 
 
@@ -126,16 +127,17 @@ def start_world(
 ) -> dist.ProcessGroup:
     """torch's default process group of `size` ranks, a collective of them; `channel` waits for it.
 
-    Where that fails no default group is left, now or when a thread that is left behind has made it after all.
+    Where that fails no default group is left, now or when a thread that is left behind has made it after all; before
+    that, or torch's timeout, no other start of this process begins, and the caller should make no default group.
     """
     wait, settling = timedelta(seconds=timeout_s), threading.Lock()
     begun, given_up = threading.Event(), threading.Event()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
-    def work() -> dist.ProcessGroup:
+    def begin() -> dist.ProcessGroup:
         with _one_start:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)  # the current device is a thread's own
+            if given_up.is_set():
+                raise RuntimeError(NOBODY_WAITS)
             if not dist.is_initialized():  # torch counts its starts, and ranks that have failed more often do not meet
                 dist.distributed_c10d._world.group_count = 0
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
@@ -143,11 +145,16 @@ def start_world(
                 begun.set()
                 if given_up.is_set():
                     dist.destroy_process_group()
-                    raise RuntimeError("nobody waits for it any more")
-            group = dist.group.WORLD
-            assert group is not None
-            connect_rows(group, device, timeout_s)
-            return group
+                    raise RuntimeError(NOBODY_WAITS)
+                assert dist.group.WORLD is not None
+                return dist.group.WORLD
+
+    def work() -> dist.ProcessGroup:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the current device is a thread's own
+        group = begin()
+        connect_rows(group, device, timeout_s)
+        return group
 
     try:
         return channel.run(phase, work)
@@ -162,9 +169,9 @@ def start_world(
 def connect_rows(group: dist.ProcessGroup, device: torch.device, timeout_s: float) -> None:
     """Makes NCCL's connections now, while the wait for it is bounded: else the first exchange would, on the stream.
 
-    Where NCCL refuses, that exchange says why: ranks may share a GPU, which other transports do not mind. NCCL ends the
-    process of a rank whose operation takes too long, though it may only wait for another: that is left to our waits,
-    which name who is to blame.
+    Where NCCL refuses, that exchange says why: ranks may share a GPU, which other transports do not mind. Where an
+    operation takes too long NCCL ends this process, which may only wait for another rank: so its limit comes
+    NCCL_GRACE_S after that of our waits, which name who is to blame.
     """
     if device.type != "cuda":
         return

@@ -38,10 +38,10 @@ def recover(group: EPGroup, timeout_s: float | None = None) -> EPGroup:
 
     Ranks are numbered anew in their old order; `members` says what they were. Survivors have `timeout_s` (the group's)
     to come; who answers but does not come by then is left out. Where a network falls apart so that no connection is
-    left between two sides, each goes on: keeping one of them is the caller's part. Raises RankFailure on a rank that
-    the others went on without, CommTimeout where they cannot agree in that time, and ConfigError for a group of one,
-    and for a `timeout_s` that `init` would refuse. What is left of a group that mpiexec started goes on over
-    torch.distributed.
+    left between two sides, or where most come late, each side goes on: keeping one is the caller's part. Raises
+    RankFailure on a rank that the others went on without, CommTimeout where they cannot agree in that time, and
+    ConfigError for a group of one, and for a `timeout_s` that `init` would refuse. What is left of a group that
+    mpiexec started goes on over torch.distributed.
     """
     wait_s = group.timeout_s if timeout_s is None else timeout_s
     check_timeout(wait_s)
@@ -224,7 +224,8 @@ class _Recovery:
                 self.changed.wait(0.1)
             if time.monotonic() > self.deadline + ANSWER_S:
                 self._drop_silent()
-                self._shrink()
+                with self.changed:
+                    self._shrink()
 
     def _still(self, members: tuple[int, ...]) -> bool:
         """Whether `members` are still all there, and still say so."""

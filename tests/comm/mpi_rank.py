@@ -104,6 +104,19 @@ def other_counts(group: EPGroup) -> Any:
     ones(carrier, "combine")
 
 
+def other_width(group: EPGroup) -> Any:
+    """Rank 1 finds out first."""
+    carrier, each = make_transport(group), [1] * group.world_size
+    time.sleep(0.3 * (group.rank != 1))
+    carrier.all_to_all_rows(torch.ones(group.world_size, 2 if group.rank == 1 else 3), each, each, "dispatch").wait()
+
+
+def other_length(group: EPGroup) -> Any:
+    carrier = make_transport(group)
+    time.sleep(0.3 * (group.rank != 1))
+    carrier.all_gather([0] * (4 if group.rank == 1 else 3), "count")
+
+
 def other_transport(group: EPGroup) -> Any:
     """Two over one communicator; rank 1 takes the other one first."""
     carriers = [make_transport(group), make_transport(group)]
@@ -216,8 +229,8 @@ def raises(group: EPGroup) -> Any:
 PARTS: dict[str, Callable[[EPGroup], Any]] = {
     part.__name__: part
     for part in (conformance, over_nodes, parts, in_flight, on_gpu, other_nodes, over_torch, disagree, other_phase,
-                 other_counts, other_transport, other_parts, aborts_torch, leaves, aborts, late, dies, is_killed,
-                 is_stopped, raises)
+                 other_counts, other_width, other_length, other_transport, other_parts, aborts_torch,
+                 leaves, aborts, late, dies, is_killed, is_stopped, raises)
 }  # fmt: skip
 
 

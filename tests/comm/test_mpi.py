@@ -81,8 +81,8 @@ def test_rows_of_a_gpu_pass_through_the_host(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What three ranks saw of every failure after which all of them still run."""
-    names = ["disagree", "other_phase", "other_counts", "other_transport", "other_parts", "other_nodes", "leaves",
-             "aborts", "aborts_torch", "over_torch", "late"]  # fmt: skip
+    names = ["disagree", "other_phase", "other_counts", "other_width", "other_length", "other_transport", "other_parts",
+             "other_nodes", "leaves", "aborts", "aborts_torch", "over_torch", "late"]  # fmt: skip
     done, seen = run(3, names, tmp_path_factory.mktemp("failures"), SURVIVORS)
     assert (done.code, done.err) == (0, "")
     return seen
@@ -105,6 +105,8 @@ def test_ranks_with_other_rows_are_named_before_any_moves(failures: Any) -> None
     [
         ("other_phase", "rank 1 is elsewhere: plan"),
         ("other_counts", "rank 0 sends 2 of 12 bytes, expected 1 of 12"),
+        ("other_width", "rank 1 sends 1 of 8 bytes, expected 1 of 12"),
+        ("other_length", "rank 1 sends 4 of 8 bytes, expected 3 of 8"),
         ("other_transport", "rank 1 is elsewhere: dispatch by another transport"),
         ("other_parts", r"rank [01] has other parts, expected \[\[0.* as here"),
     ],

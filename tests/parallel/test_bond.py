@@ -38,30 +38,38 @@ def start_alone(run: Callable[[str, Callable[[], Any]], Any]) -> dist.ProcessGro
 
 def test_a_start_that_was_given_up_leaves_no_default_group(no_world: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither its own, which a thread makes after all, nor does that thread take the next one's."""
-    real, go_on, threads = dist.init_process_group, Event(), []
+    real, inside, go_on = dist.init_process_group, Event(), Event()
+    threads: list[Thread] = []
+    raised: list[BaseException] = []
 
     def slow(*given: Any, **named: Any) -> None:
+        inside.set()
         go_on.wait(20.0)
         real(*given, **named)
 
     def gives_up(_: str, work: Callable[[], Any]) -> Any:
         def nobody_waits() -> None:
-            with pytest.raises(RuntimeError, match="nobody waits for it"):
+            try:
                 work()
+            except BaseException as error:
+                raised.append(error)
 
         threads.append(Thread(target=nobody_waits))
-        threads[0].start()
+        threads[-1].start()
+        assert inside.wait(20.0)
         raise CommTimeout("too late")
 
     monkeypatch.setattr(dist, "init_process_group", slow)
-    with pytest.raises(CommTimeout, match="too late"):
-        start_alone(gives_up)
+    for _ in range(2):  # the second one never begins
+        with pytest.raises(CommTimeout, match="too late"):
+            start_alone(gives_up)
     made: list[Any] = []
-    again = Thread(target=lambda: made.append(start_alone(lambda _, work: work())))
-    again.start()
+    threads.append(Thread(target=lambda: made.append(start_alone(lambda _, work: work()))))
+    threads[-1].start()
     go_on.set()
-    for thread in (*threads, again):
+    for thread in threads:
         thread.join(20.0)
+    assert [str(error) for error in raised] == ["nobody waits for this start any more"] * 2
     assert len(made) == 1 and dist.group.WORLD is made[0]
 
 
