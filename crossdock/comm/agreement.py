@@ -81,12 +81,13 @@ class Header(Told):
 
 
 def gather_agreed(transport: Transport, header: Header, counts: list[int], phase: str) -> list[list[int]]:
-    """Every rank's `counts`, equally many. Raises PlanMismatch where a rank's header is another."""
+    """Every rank's `counts`, equally many. Raises PlanMismatch, on every rank, where one's header is another."""
     headers, gathered = Header.split(transport.all_gather(header.values() + counts, phase))
-    for rank, theirs in enumerate(headers):
-        if theirs != header:
-            me, text = transport.members[transport.rank], header.difference(theirs, transport.members[rank])
-            raise PlanMismatch(f"rank {me}: {phase}: {text} as here")
+    found = tell_apart(headers, transport)
+    if found is not None:
+        odd, other, expected = found
+        text = headers[other].difference(headers[odd], transport.members[odd])
+        raise PlanMismatch(f"rank {transport.members[transport.rank]}: {phase}: {text} {expected}")
     return gathered
 
 
@@ -97,10 +98,11 @@ def agree_on_parts(transport: Transport, parts: Sequence[Sequence[int]]) -> tupl
     """
     check_parts(parts, transport.world_size)
     ours = int.from_bytes(sha256(repr([list(part) for part in parts]).encode()).digest()[:8], "big") >> 1
-    for rank, (theirs,) in enumerate(transport.all_gather([ours], "split")):
-        if theirs != ours:
-            me, other = transport.members[transport.rank], transport.members[rank]
-            raise PlanMismatch(f"rank {me}: split: rank {other} has other parts, expected {list(parts)} as here")
+    found = tell_apart(transport.all_gather([ours], "split"), transport)
+    if found is not None:
+        odd, other, _ = found
+        me, who, whom = (transport.members[rank] for rank in (transport.rank, odd, other))
+        raise PlanMismatch(f"rank {me}: split: rank {who} has other parts than rank {whom}, found {list(parts)} here")
     return next((number, part) for number, part in enumerate(parts) if transport.rank in part)
 
 
@@ -112,8 +114,23 @@ def odd_one(told: Sequence[object]) -> tuple[int, int] | None:
     >>> odd_one("aab"), odd_one("baa"), odd_one("ab"), odd_one("aa")
     ((2, 0), (0, 1), (1, 0), None)
     """
+    if all(one == told[0] for one in told):
+        return None
     most = max(told, key=told.count)
-    return next(((rank, told.index(most)) for rank, one in enumerate(told) if one != most), None)
+    return next((rank, told.index(most)) for rank, one in enumerate(told) if one != most)
+
+
+def tell_apart(told: Sequence[object], transport: Transport) -> tuple[int, int, str] | None:
+    """`odd_one` as this rank's error names it: (the odd one, one of most, "as here" or "as on rank 2").
+
+    Where two things are told equally often, this rank's counts.
+    """
+    mine = told[transport.rank]
+    if all(one == mine for one in told):
+        return None
+    most = max((mine, *told), key=told.count)
+    odd, other = next(rank for rank, one in enumerate(told) if one != most), told.index(most)
+    return odd, other, "as here" if most == mine else f"as on rank {transport.members[other]}"
 
 
 def phase_words(phase: str) -> npt.NDArray[np.int64]:

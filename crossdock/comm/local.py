@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from crossdock.comm.agreement import odd_one
 from crossdock.comm.transport import Done, Pending, Then, check_parts, part_topology
 from crossdock.errors import ConfigError, RankFailure
 from crossdock.parallel import Topology
@@ -77,9 +78,10 @@ class _Posted:
     phase: str
     payload: Any
 
-    def meets(self, other: "_Posted") -> bool:
-        alike = len(self.payload) == len(other.payload) if self.kind == "integers" else self.phase == other.phase
-        return self.kind == other.kind and alike
+    @property
+    def fits(self) -> tuple[str, object]:
+        """Equal where they may meet."""
+        return self.kind, len(self.payload) if self.kind == "integers" else self.phase
 
     def differs(self, other: "_Posted") -> str:
         """How, to the rank that has brought `other`."""
@@ -155,15 +157,17 @@ class _Board:
             self.readers[turn.number] = self.readers.get(turn.number, 0) + 1
             if self.readers[turn.number] == world_size:
                 del self.payloads[turn.number], self.readers[turn.number]
-        for r in range(world_size):
-            if not posted[r].meets(posted[rank]):
-                raise self.differ(turn, rank, r, posted[r].differs(posted[rank]))
+        found = odd_one([posted[r].fits for r in range(world_size)])
+        if found is not None:
+            odd, other = found
+            raise self.differ(turn, rank, found, posted[odd].differs(posted[other]))
         return [posted[r].payload for r in range(world_size)]
 
-    def differ(self, turn: Turn, rank: int, other: int, how: str) -> Exception:
-        """The error of `rank`, and with it the end of the world; that of `other` names `rank`."""
-        text = f"rank {self.members[other]} {how}"
-        failure = Failure("mismatch", (self.members[other],), text, self.members[rank])
+    def differ(self, turn: Turn, rank: int, found: tuple[int, int], how: str) -> Exception:
+        """The error of `rank`, and with it the end of the world, where `odd_one` has `found` one."""
+        odd, other = (self.members[r] for r in found)
+        by = self.members[rank] if rank != found[0] else other
+        failure = Failure("mismatch", (odd,), f"rank {odd} {how}", by)
         self.world.fail(failure)
         return failure.error(self.members[rank], turn.phase)
 
@@ -188,9 +192,11 @@ class VirtualTransport:
         check_parts(parts, self.world_size)
         listed = [list(part) for part in parts]
         turn = self._post("split", "split", listed)
-        for rank, theirs in enumerate(self._read(turn)):
-            if theirs != listed:
-                raise self._board.differ(turn, self.rank, rank, f"has other parts: {theirs}, expected {listed} as here")
+        told = self._read(turn)
+        found = odd_one(told)
+        if found is not None:
+            odd, other = (told[rank] for rank in found)
+            raise self._board.differ(turn, self.rank, found, f"has other parts: {odd}, expected {other}")
         part = next(tuple(part) for part in parts if self.rank in part)
         return VirtualTransport(self._board.part(turn.number, part), part.index(self.rank))
 

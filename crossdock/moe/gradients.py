@@ -14,6 +14,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
+from crossdock.comm.agreement import tell_apart
 from crossdock.comm.transport import Transport
 from crossdock.errors import ConfigError, PlanMismatch
 from crossdock.moe.experts import Experts
@@ -52,11 +53,13 @@ def sum_replicated_gradients(model: nn.Module, transport: Transport) -> None:
 def _check_alike(transport: Transport, trained: dict[str, nn.Parameter]) -> None:
     """Raises PlanMismatch where ranks have other parameters to sum up."""
     mine = [len(trained), zlib.crc32(repr([(name, tuple(p.shape)) for name, p in trained.items()]).encode())]
-    for rank, theirs in enumerate(transport.all_gather(mine, "start of sums of gradients")):
-        if theirs != mine:
-            me, other = transport.members[transport.rank], transport.members[rank]
-            counts = f"{theirs[0]} parameters, expected the same {mine[0]} as here"
-            raise PlanMismatch(f"rank {me}: sums of gradients: rank {other} trains {counts}, of the same shapes")
+    counts = transport.all_gather(mine, "start of sums of gradients")
+    found = tell_apart(counts, transport)
+    if found is not None:
+        odd, other, expected = found
+        who = f"rank {transport.members[transport.rank]}: sums of gradients: rank {transport.members[odd]}"
+        what = f"{counts[odd][0]} parameters, expected the same {counts[other][0]} {expected}"
+        raise PlanMismatch(f"{who} trains {what}, of the same shapes")
 
 
 def _trained(layer: MoELayer) -> list[nn.Parameter]:

@@ -121,10 +121,12 @@ def test_a_rank_that_left_after_its_part_is_not_blamed() -> None:
 
 def test_other_parts_are_told_apart() -> None:
     def work(transport: Transport) -> None:
-        transport.split([[0, 1]] if transport.rank else [[0], [1]])
+        transport.split([[0], [1, 2]] if transport.rank == 1 else [[0, 1], [2]])
 
-    for rank, error in enumerate(errors(2, work)):
-        assert isinstance(error, PlanMismatch) and f"rank {rank}: split: rank {1 - rank} has other parts" in str(error)
+    for rank, error in enumerate(errors(3, work)):
+        on_me = "the others gave up on this rank (found by rank 0): " if rank == 1 else ""
+        what = "rank 1 has other parts: [[0], [1, 2]], expected [[0, 1], [2]]"
+        assert isinstance(error, PlanMismatch) and str(error) == f"rank {rank}: split: {on_me}{what}"
 
 
 def test_gathers_of_other_lengths_are_told_apart() -> None:
@@ -136,6 +138,7 @@ def test_gathers_of_other_lengths_are_told_apart() -> None:
     found = errors(3, work)
     assert all(isinstance(error, PlanMismatch) for error in found)
     assert [str(error) for error in found[:2]] == [f"rank {r}: plan: rank 2 is elsewhere: combine" for r in (0, 1)]
+    assert "rank 2: combine: the others gave up on this rank (found by rank 0): rank 2 is" in str(found[2])
     (error, _) = errors(2, lambda transport: transport.all_gather([1] * (2 + transport.rank), "plan"))
     assert str(error) == "rank 0: plan: rank 1 gathers 3 integers, expected 2"
 
