@@ -9,9 +9,9 @@ to be set before a process starts, and reach no weight below 2 MiB, which most p
 `keep_freed_memory`: what was used once is kept for its next use. glibc takes large blocks from the kernel and returns
 them when they are freed, so each exchange of rows has its buffers zeroed page by page anew. That costs as much as the
 exchange's own copies: of 140 ms of a rank's time for 512 tokens of 7168 values and 8 experts, 55 ms. What is kept is
-the most that the process has ever used, and what lies between: one that goes on with other sizes calls
-`return_freed_memory` first. Rejected: a pool of buffers for rows, which would serve the exchange alone, and not the
-products between its two halves.
+the most that the process has ever used, and what lies between, which may grow: one that goes on with other sizes, or
+finds that `memory_is_low`, calls `return_freed_memory`. Rejected: a pool of buffers for rows, which would serve the
+exchange alone, and not the products between its two halves.
 """
 
 import ctypes
@@ -27,6 +27,8 @@ from torch import Tensor
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of linux/mman.h; the second is known from 6.1 on
 HUGE = 1 << 21  # bytes
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # "always [madvise] never", the choice in brackets
+MEMINFO = Path("/proc/meminfo")
+LOW = 1 / 6
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 NEVER = -1
 SMALLEST, LARGEST_STRIP, KEPT_OF_A_SIZE = 24, 256, 7  # bytes, and glibc.malloc.tcache_count
@@ -78,6 +80,25 @@ def return_freed_memory() -> None:
     trim = _of_libc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def free_bytes() -> int:
+    """What Linux says can be had without swapping; elsewhere nobody is asked, and anything fits."""
+    return _meminfo().get("MemAvailable", 1 << 62)
+
+
+def memory_is_low() -> bool:
+    """Whether less than LOW of this machine's memory can be had."""
+    return free_bytes() < LOW * _meminfo().get("MemTotal", 0)
+
+
+def _meminfo() -> dict[str, int]:
+    """Bytes by name."""
+    try:
+        lines = [line.split() for line in MEMINFO.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {name.removesuffix(":"): int(size) << 10 for name, size, *_ in lines}
 
 
 def _of_libc(name: str) -> Any:

@@ -136,3 +136,17 @@ def test_an_owner_who_has_switched_huge_pages_off_is_obeyed(monkeypatch: pytest.
         else:
             setting.write_text(chosen)
         assert use_huge_pages([weight]) == 0
+
+
+@pytest.mark.parametrize(("free_kb", "is_low"), [(1000, True), (3000, False)])
+def test_memory_is_low_where_little_of_it_can_be_had(
+    free_kb: int, is_low: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text(f"MemTotal:  12000 kB\nMemAvailable:  {free_kb} kB\nHugePages_Total:  0\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    assert memory.free_bytes() == free_kb << 10 and memory.memory_is_low() is is_low
+
+
+def test_where_nobody_says_what_memory_there_is_it_suffices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "absent")
+    assert memory.free_bytes() > 1 << 60 and not memory.memory_is_low()

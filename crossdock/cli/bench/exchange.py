@@ -11,7 +11,6 @@ Legend: T tokens a rank, D hidden, F inner size of an expert.
 import sys
 import time
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,7 +107,7 @@ def _measure(
     from crossdock.cli.bench.exchange_case import EXPERTS, TOP_K, Case, Contenders
     from crossdock.cli.bench.expert_size import measured_size
     from crossdock.cli.bench.links import measure_links
-    from crossdock.memory import return_freed_memory
+    from crossdock.memory import free_bytes, return_freed_memory
 
     began, group, transport = time.perf_counter(), runtime.group, runtime.transport
     topology = group.topology
@@ -118,7 +117,7 @@ def _measure(
         expert_size, why = measured_size(transport, links) if expert_size is None else (expert_size, "asked for")
         _tell(runtime, f"experts of {expert_size}: {why}")
         return_freed_memory()
-        cases, left_out = _fitting(runtime, [Case(*case) for case in chosen], here, expert_size, _free_bytes())
+        cases, left_out = _fitting(runtime, [Case(*case) for case in chosen], here, expert_size, free_bytes())
         rows = []
         for hidden in dict.fromkeys(case.hidden for case in cases):
             contenders = Contenders(group, transport, hidden, expert_size, here)
@@ -153,15 +152,6 @@ def _fitting(
     if len(left_out) == len(cases):
         raise ConfigError(f"no case fits into memory: {'; '.join(f'{case} {why}' for case, why in left_out.items())}")
     return [case for case in cases if str(case) not in left_out], left_out
-
-
-def _free_bytes() -> int:
-    """What Linux says can be had without swapping; elsewhere nobody is asked, and anything fits."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 1 << 62
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _row(case: "Case", found: "Found") -> dict[str, Any]:
