@@ -68,7 +68,8 @@ class Bond:
         with self._letting_go:
             if self._store is None:
                 release(links.drop())
-            self._parts.append(links)
+            else:
+                self._parts.append(links)
         return links
 
     def store(self) -> Store:
@@ -123,7 +124,7 @@ def connect(store: Store, name: str, rank: int, size: int, device: torch.device,
 
 
 def start_world(
-    channel: Channel, phase: str, store: Store, rank: int, size: int, device: torch.device, timeout_s: float
+    channel: Channel, store: Store, rank: int, size: int, device: torch.device, timeout_s: float
 ) -> dist.ProcessGroup:
     """torch's default process group of `size` ranks, a collective of them; `channel` waits for it.
 
@@ -157,7 +158,7 @@ def start_world(
         return group
 
     try:
-        return channel.run(phase, work)
+        return channel.run(channel.name, work)
     except BaseException:
         with settling:
             given_up.set()

@@ -51,7 +51,7 @@ def join(
     deadline = time.monotonic() + timeout_s
 
     def start(store: PrefixStore, channel: Channel) -> dist.ProcessGroup:
-        return start_world(channel, PHASE, store, rank, world_size, device, timeout_s)
+        return start_world(channel, store, rank, world_size, device, timeout_s)
 
     def arrive(mine: Arrival) -> Met:
         return _arrive(where, mine, deadline, timeout_s)

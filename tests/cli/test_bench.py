@@ -11,6 +11,7 @@ import torch
 from crossdock.cli.bench import timing
 from crossdock.cli.bench.launches import record_launches
 from crossdock.cli.bench.router import DEEPSEEK
+from crossdock.comm import LocalTransport
 from tests.cli.conftest import Run
 
 
@@ -100,3 +101,15 @@ def test_ceiling_is_the_slower_bound() -> None:
     ceilings = timing.Ceilings(copy_gbytes_per_s=10.0, matmul_tflops=2.0)
     assert ceilings.share(operations=2e12, moved_bytes=1e9, seconds=2.0) == 0.5
     assert ceilings.share(operations=1e10, moved_bytes=10e9, seconds=4.0) == 0.25
+
+
+@pytest.mark.parametrize(("is_low", "returned"), [(True, 4), (False, 0)])
+def test_kept_memory_is_returned_between_rounds_where_it_runs_low(
+    is_low: bool, returned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first round, and three that count."""
+    calls: list[int] = []
+    monkeypatch.setattr(timing, "memory_is_low", lambda: is_low)
+    monkeypatch.setattr(timing, "return_freed_memory", lambda: calls.append(1))
+    times = timing.compare_ranks({"one": lambda: None}, LocalTransport(), torch.device("cpu"), 1.0, 3)
+    assert len(times["one"]) == 3 and len(calls) == returned

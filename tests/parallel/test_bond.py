@@ -33,7 +33,7 @@ def no_world() -> Iterator[None]:
 
 
 def start_alone(run: Callable[[str, Callable[[], Any]], Any]) -> dist.ProcessGroup:
-    return start_world(SimpleNamespace(run=run), "init", dist.HashStore(), 0, 1, CPU, 5.0)  # type: ignore[arg-type]
+    return start_world(SimpleNamespace(name="init", run=run), dist.HashStore(), 0, 1, CPU, 5.0)  # type: ignore[arg-type]
 
 
 def test_a_start_that_was_given_up_leaves_no_default_group(no_world: None, monkeypatch: pytest.MonkeyPatch) -> None:
